@@ -1,0 +1,64 @@
+"""AdamW and the learning rate as a function of tokens."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class OptimConfig:
+  """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the decay multiplied by the learning rate.
+
+  peak_lr: highest learning rate. schedule: after a linear warm-up over warmup_tokens, 'wsd' stays at the peak and falls
+  linearly over the last decay_tokens, 'cosine' and 'linear' fall all the way; each ends at final_lr_frac * peak_lr.
+  weight_decay: on matrices only, not on embeddings, norms, biases or sinks. clip_norm: of the global gradient.
+  """
+
+  peak_lr: float
+  schedule: Literal['wsd', 'cosine', 'linear'] = 'wsd'
+  warmup_tokens: int = 0
+  decay_tokens: int = 0
+  final_lr_frac: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+  def check(self, total_tokens: int) -> None:
+    """ValueError if the schedule does not fit in a run of that many tokens."""
+    decay = self.decay_tokens if self.schedule == 'wsd' else 0
+    if self.warmup_tokens + decay > total_tokens:
+      raise ValueError(f'optim: warmup_tokens={self.warmup_tokens} + decay_tokens={decay} is more than the '
+                       f'{total_tokens} tokens of the run')
+    if self.schedule != 'wsd' and self.decay_tokens:
+      raise ValueError(f'optim.decay_tokens={self.decay_tokens} has no meaning for schedule={self.schedule!r}, which '
+                       'decays from the end of the warm-up: set it to 0')
+
+
+def learning_rate(config: OptimConfig, tokens: jax.Array, total_tokens: int) -> jax.Array:
+  """fp32 learning rate for the step that brings the run to `tokens` (fp32) of `total_tokens`."""
+  start = total_tokens - config.decay_tokens if config.schedule == 'wsd' else config.warmup_tokens
+  warm = jnp.minimum(tokens / config.warmup_tokens, 1.0) if config.warmup_tokens else 1.0
+  fallen = jnp.clip((tokens - start) / max(total_tokens - start, 1), 0.0, 1.0)
+  shape = 0.5 * (1 + jnp.cos(jnp.pi * fallen)) if config.schedule == 'cosine' else 1 - fallen
+  return config.peak_lr * warm * (config.final_lr_frac + (1 - config.final_lr_frac) * shape)
+
+
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+  """Clipping, Adam and decay: updates of unit learning rate, to be *subtracted* times `learning_rate`."""
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm),
+                     optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+                     optax.add_decayed_weights(config.weight_decay, mask=decayed))
+
+
+def decayed(params):
+  """True for the matrices `w_*` and the head; False for embeddings, norm scales, biases and sinks."""
+  def is_matrix(path, _):
+    name = next(key.name if hasattr(key, 'name') else key.key for key in reversed(path)
+                if str(getattr(key, 'name', getattr(key, 'key', 'value'))) != 'value')
+    return str(name).startswith(('w_', 'unembed'))
+  return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,0 +1,106 @@
+"""One training step and one evaluation step: pure functions, used by train, plan and tests alike.
+
+Everything that decides the next step is in `TrainState`, on device. Tokens seen are a function of the step and the
+config, so they are not state.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxlm.losses import LossConfig, next_token_loss
+from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from maxlm.optim import OptimConfig, learning_rate, optimizer
+from maxlm.sharding import spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+  step: jax.Array  # int32: steps done
+  params: Decoder  # fp32 master weights
+  opt: optax.OptState
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class StepConfig:
+  """What a step needs to know. `compute` is resolved; n_sources: sources in the mixture, for the loss of each."""
+
+  model: DecoderConfig
+  compute: ComputeConfig
+  optim: OptimConfig
+  loss: LossConfig
+  tokens_per_step: int
+  total_tokens: int
+  microbatches: int
+  n_sources: int
+
+
+def init_state(config: StepConfig, key: jax.Array) -> TrainState:
+  """Fresh state; the weights depend on the key only, not on the mesh."""
+  params = Decoder(config.model, key)
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=optimizer(config.optim).init(params))
+
+
+def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+  """(next state, metrics) for one batch: tokens, targets, segment_ids, positions int32 [B, T] and source int32 [B].
+
+  The loss is the mean over the batch's real positions, however many microbatches it is computed in. Metrics are fp32
+  device arrays: loss and loss_by_source (mean nll, nats a token), tokens_by_source, grad_norm, learning_rate.
+  """
+  n_tokens = jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32)
+  grads, sums = gradients(config, state.params, batch, n_tokens)
+  lr = learning_rate(config.optim, (state.step + 1).astype(jnp.float32) * config.tokens_per_step, config.total_tokens)
+  updates, opt = optimizer(config.optim).update(grads, state.opt, state.params)
+  params = jax.tree.map(lambda w, u: w - lr * u, state.params, updates)
+  metrics = {
+    'loss': jnp.sum(sums['nll_by_source']) / n_tokens,
+    'loss_by_source': sums['nll_by_source'] / jnp.maximum(sums['tokens_by_source'], 1),
+    'tokens_by_source': sums['tokens_by_source'],
+    'grad_norm': optax.global_norm(grads),
+    'learning_rate': lr,
+  }
+  return TrainState(step=state.step + 1, params=params, opt=opt), metrics
+
+
+def gradients(config: StepConfig, params: Decoder, batch: dict, n_tokens: jax.Array) -> tuple[Decoder, dict]:
+  """Gradient of the batch's mean loss, and sums over the batch, accumulated in fp32 over the microbatches."""
+
+  def loss_fn(params, part):
+    loss_sum, nll_BT = next_token_loss(params, config.model, config.compute, config.loss, part)
+    return loss_sum / n_tokens, sums_by_source(nll_BT, part, config.n_sources)
+
+  def gradient(part):
+    return jax.grad(loss_fn, has_aux=True)(params, part)
+
+  if config.microbatches == 1:
+    return gradient(batch)
+  parts = jax.tree.map(lambda a: interleave(a, config.microbatches), batch)
+  shapes = jax.eval_shape(gradient, jax.tree.map(lambda a: a[0], parts))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+  total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts)
+  return total
+
+
+def interleave(array: jax.Array, n: int) -> jax.Array:
+  """[B, …] -> [n, B/n, …]: microbatch m takes rows m, m+n, … so that every device keeps the rows it has."""
+  dims = 'BT'[:array.ndim]
+  split = array.reshape(array.shape[0] // n, n, *array.shape[1:], out_sharding=jax.P(*spec(dims)[:1], None, *spec(dims)[1:]))
+  return jnp.swapaxes(split, 0, 1)
+
+
+def sums_by_source(nll_BT: jax.Array, batch: dict, n_sources: int) -> dict[str, jax.Array]:
+  """Sums of nll and of real positions in the rows of each source, fp32 [n_sources], the same on all devices."""
+  one_hot_BX = (batch['source'][:, None] == jnp.arange(n_sources)).astype(jnp.float32)
+  def by_source(row_B):
+    return jnp.einsum('B,BX->X', row_B, one_hot_BX, out_sharding=jax.P(None), precision='highest')
+  real_BT = (batch['segment_ids'] > 0).astype(jnp.float32)
+  return {'nll_by_source': by_source(jnp.sum(nll_BT, axis=1)), 'tokens_by_source': by_source(jnp.sum(real_BT, axis=1))}
+
+
+def eval_step(config: StepConfig, params: Decoder, batch: dict) -> dict[str, jax.Array]:
+  """Sums of nll (nats) and of real positions by source, without gradients."""
+  _, nll_BT = next_token_loss(params, config.model, config.compute, config.loss, batch)
+  return sums_by_source(nll_BT, batch, config.n_sources)
