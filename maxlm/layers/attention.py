@@ -15,6 +15,7 @@ from maxlm.layers.param import constant, normal
 from maxlm.layers.rope import rotate
 from maxlm.ops.attention import attention, attention_reference, visible_BTS
 from maxlm.ops.einsum import einsum
+from maxlm.sharding import spec as shard
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -95,14 +96,24 @@ class Attention(nnx.Module):
     cached_ids_BM: segment ids of the cache's columns, new ones included; a column past the present is hidden by causality.
     """
     q_BTNH, k_BSKH, v_BSKH = self._project(spec, x_BTD, rows)
-    cache = Cache(jax.lax.dynamic_update_slice_in_dim(cache.k_BMKH, k_BSKH.astype(cache.k_BMKH.dtype), column, 1),
-                  jax.lax.dynamic_update_slice_in_dim(cache.v_BMKH, v_BSKH.astype(cache.v_BMKH.dtype), column, 1))
-    mask_BTS = visible_BTS(column + jnp.arange(x_BTD.shape[1]), jnp.arange(cache.k_BMKH.shape[1]),
-                           rows.segment_ids_BT, cached_ids_BM, spec.window)
-    out_BTNH = attention_reference(
-      q_BTNH, cache.k_BMKH.astype(q_BTNH.dtype), cache.v_BMKH.astype(q_BTNH.dtype), mask_BTS,
-      sinks_N=self.sinks_N[...] if spec.sinks else None, softcap=spec.softcap, scale=spec.score_scale)
-    return self._output(spec, out_BTNH), cache
+    sinks_N = self.sinks_N[...] if spec.sinks else None
+
+    def attend(q_BTNH, k_BSKH, v_BSKH, cache, segment_ids_BT, cached_ids_BM, column, sinks_N):
+      cache = Cache(*(jax.lax.dynamic_update_slice_in_dim(old_BMKH, new_BSKH.astype(old_BMKH.dtype), column, axis=1)
+                      for old_BMKH, new_BSKH in zip(cache, (k_BSKH, v_BSKH))))
+      mask_BTS = visible_BTS(column + jnp.arange(q_BTNH.shape[1]), jnp.arange(cached_ids_BM.shape[1]),
+                             segment_ids_BT, cached_ids_BM, spec.window)
+      k_BMKH, v_BMKH = (a.astype(q_BTNH.dtype) for a in cache)
+      return attention_reference(q_BTNH, k_BMKH, v_BMKH, mask_BTS, sinks_N=sinks_N, softcap=spec.softcap,
+                                 scale=spec.score_scale), cache
+
+    split = shard('BMNH'), shard('BMKH'), shard('BM')  # M: time is whole on every device, whatever the mesh
+    out_BTNH, cache = jax.shard_map(
+      attend, in_specs=(split[0], split[1], split[1], split[1], split[2], split[2], shard(''), shard('N')),
+      out_specs=(split[0], split[1]))(
+        jax.reshard(q_BTNH, split[0]), jax.reshard(k_BSKH, split[1]), jax.reshard(v_BSKH, split[1]), cache,
+        jax.reshard(rows.segment_ids_BT, split[2]), jax.reshard(cached_ids_BM, split[2]), column, sinks_N)
+    return self._output(spec, jax.reshard(out_BTNH, shard('BTNH'))), cache
 
   def _project(self, spec, x_BTD, rows):
     q_BTNH = einsum('BTD,DNH->BTNH', x_BTD, self.w_q_DNH[...])

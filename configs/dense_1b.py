@@ -1,0 +1,33 @@
+"""1.2B parameters, llama-shaped, for one v5e host of eight chips' worth of slice or more (v5e:4x4 below).
+
+    python -m maxlm.train --config=configs/dense_1b.py --config.data.corpus=gs://BUCKET/corpus
+
+Not yet run on hardware: the contract test type-checks its step on the abstract pod.
+"""
+
+from maxlm.checkpoint import CheckpointConfig
+from maxlm.config import Experiment
+from maxlm.data import DataConfig
+from maxlm.evals import EvalConfig
+from maxlm.layers.attention import AttentionSpec
+from maxlm.layers.mlp import MlpSpec
+from maxlm.losses import LossConfig
+from maxlm.models.decoder import ComputeConfig, DecoderConfig, LayerSpec
+from maxlm.optim import OptimConfig
+
+
+def get_config(arg: str = '') -> Experiment:
+  layer = LayerSpec(attention=AttentionSpec(n_heads=16, n_kv_heads=8, head_dim=128, rope_theta=500_000.0, qk_norm=True),
+                    mlp=MlpSpec(d_ff=8192))
+  return Experiment(
+    name='dense_1b',
+    pod='v5e:4x4',
+    model=DecoderConfig(vocab_size=32_768, d_model=2048, n_layers=16, pattern=(layer,)),
+    compute=ComputeConfig(remat='attention'),
+    data=DataConfig(corpus='corpora/dense_1b', seq_len=4096, batch_size=128),
+    optim=OptimConfig(peak_lr=1e-3, schedule='wsd', warmup_tokens=1_000_000_000, decay_tokens=5_000_000_000),
+    loss=LossConfig(z_loss=1e-5),
+    evals=EvalConfig(every_steps=2000, rows=256),
+    checkpoint=CheckpointConfig(every_steps=500, keep_every=10_000),
+    tokens=25_000_000_000,
+  )

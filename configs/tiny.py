@@ -1,0 +1,36 @@
+"""The smallest model with every kind of layer, for tests: seconds a run.
+
+    python -m maxlm.train --config=configs/tiny.py --config.data.corpus=DIR
+
+Its first 20 losses on the test corpus are checked in (tests/golden/tiny_losses.json).
+"""
+
+from maxlm.checkpoint import CheckpointConfig
+from maxlm.config import Experiment
+from maxlm.data import DataConfig
+from maxlm.evals import EvalConfig
+from maxlm.layers.attention import AttentionSpec
+from maxlm.layers.mlp import MlpSpec
+from maxlm.losses import LossConfig
+from maxlm.models.decoder import DecoderConfig, LayerSpec
+from maxlm.optim import OptimConfig
+
+
+def get_config(arg: str = '') -> Experiment:
+  plain = LayerSpec(attention=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=16), mlp=MlpSpec(d_ff=128))
+  sliding = LayerSpec(attention=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=16, window=24, qk_norm=True, qkv_bias=True,
+                                              out_bias=True, softcap=20.0, sinks=True),
+                      mlp=MlpSpec(d_ff=96, activation='relu2', gated=False, bias=True), norm='sandwich')
+  post = LayerSpec(attention=AttentionSpec(n_heads=4, n_kv_heads=4, head_dim=16, rope_theta=None),
+                   mlp=MlpSpec(d_ff=128, activation='gelu'), norm='post')
+  return Experiment(
+    name='tiny',
+    model=DecoderConfig(vocab_size=512, d_model=64, n_layers=5, pattern=(sliding, plain, post), logits_softcap=30.0),
+    data=DataConfig(corpus='corpora/tiny', seq_len=64, batch_size=8),
+    optim=OptimConfig(peak_lr=3e-3, schedule='cosine', warmup_tokens=2_048),
+    loss=LossConfig(z_loss=1e-4),
+    evals=EvalConfig(rows=16),
+    checkpoint=CheckpointConfig(every_steps=5),
+    tokens=20 * 8 * 64,
+    log_every=1,
+  )

@@ -1,0 +1,216 @@
+"""Checkpoints of a run: what is saved, under which names, and what is trusted.
+
+    checkpoints = Checkpoints(workdir, keep_last=3, keep_every=5000)
+    checkpoints.save(step, params=params, opt=opt, meta=meta)   # returns at once; buffers may be donated right after
+    checkpoints.poll()                                          # every step: raises if the save in flight has failed
+    params, opt = checkpoints.restore(checkpoints.latest(), params_like, opt_like)
+
+A thin layer over Orbax v1. WORKDIR/checkpoints/STEP/ holds `params` and `opt` (arrays under plain dotted names such as
+`stacks.0.attention.w_q_DNH`, so that no file depends on a class of Flax or optax, nor on the mesh) and `meta` (JSON).
+A step counts only with its commit_success.txt, on every kind of storage: what a kill or a half-finished copy leaves
+behind is neither listed, nor loaded, nor counted among those to keep, and a later save of that step replaces it.
+"""
+
+import dataclasses
+import importlib.metadata
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+COMMITTED = 'commit_success.txt'  # Orbax writes it last
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+  """every_steps: steps between checkpoints (the last step is always saved). keep_last: newest ones kept.
+  keep_every: those of each multiple of so many steps are kept too (None: no others)."""
+
+  every_steps: int = 1000
+  keep_last: int = 3
+  keep_every: int | None = None
+
+
+class Checkpoints:
+  """The checkpoints in a workdir. Every process of the job makes the same calls, from its main thread."""
+
+  def __init__(self, workdir: str | Path, *, keep_last: int = 3, keep_every: int | None = None):
+    self.directory = epath.Path(workdir) / 'checkpoints'
+    self._keep_last, self._keep_every = keep_last, keep_every
+    self._checkpointer = None  # Orbax's; made by the first save, for it creates the directory
+    self._saving = None  # (step, response) of the save in flight
+
+  def steps(self) -> list[int]:
+    """Steps of the committed checkpoints, ascending."""
+    if not self.directory.exists():
+      return []
+    found = [path for path in self.directory.iterdir() if path.name.isdecimal() and (path / COMMITTED).exists()]
+    return sorted(int(path.name) for path in found)
+
+  def latest(self) -> int | None:
+    """The newest committed step, or None."""
+    return max(self.steps(), default=None)
+
+  def save(self, step: int, *, params, opt, meta: dict[str, Any]) -> None:
+    """Starts to save, and returns when the arrays have left the device; waits for an earlier save to end first.
+
+    Raises what `poll` raises, for the earlier save.
+    """
+    self.wait()
+    if self._checkpointer is None:
+      self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every)
+    items = {'params': named_leaves(params), 'opt': named_leaves(opt), 'meta': meta}
+    self._saving = step, self._checkpointer.save_checkpointables_async(step, items, force=True)
+
+  def poll(self) -> None:
+    """Raises OSError with the reason if the save in flight has failed; costs nothing. For every step of the loop."""
+    if self._saving is not None and not self._checkpointer.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits until the save in flight, if any, is committed. Raises OSError with the reason if it failed."""
+    if self._saving is None:
+      return
+    (step, response), self._saving = self._saving, None
+    try:
+      response.result()
+    except (OSError, ValueError) as error:  # what the file system and tensorstore raise
+      reason = ' '.join(str(error).split())
+      if 'No space left' in reason or 'RESOURCE_EXHAUSTED' in reason:
+        reason = 'the disk is full: free space, or keep fewer (--config.checkpoint.keep_last)'
+      raise OSError(f'the checkpoint of step {step} was not written to {self.directory}: {reason}') from error
+
+  def close(self) -> None:
+    """Ends the save in flight, as `wait` does, and Orbax's threads."""
+    try:
+      self.wait()
+    finally:
+      if self._checkpointer is not None:
+        self._checkpointer.close()
+        self._checkpointer = None
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """The JSON that was saved with the step."""
+    return self._load(step, {'meta': None})['meta']
+
+  def restore_params(self, step: int, like):
+    """The parameters of a step, as a tree like `like`: see `restore`."""
+    return self._restore(step, {'params': like})['params']
+
+  def restore(self, step: int, params_like, opt_like) -> tuple[Any, Any]:
+    """(parameters, optimizer state) of a step, on whatever mesh they are wanted.
+
+    The trees `like` give structure, shapes, dtypes (floats are cast where they differ) and shardings; their leaves are
+    arrays or jax.ShapeDtypeStruct. ValueError, naming the first parameter that differs, for another architecture.
+    """
+    restored = self._restore(step, {'params': params_like, 'opt': opt_like})
+    return restored['params'], restored['opt']
+
+  def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
+    targets = {item: {name: _target(leaf) for name, leaf in named_leaves(like).items()} for item, like in likes.items()}
+    path = self._committed(step)
+    saved = _orbax().checkpointables_metadata(path).metadata
+    for item, target in targets.items():
+      if item not in saved:
+        raise ValueError(f'checkpoint {path} holds no {item}, only {", ".join(saved)}')
+      _check_same_shapes(path, saved[item], target)
+    loaded = self._load(step, targets)
+    return {item: jax.tree.unflatten(jax.tree.structure(like), [loaded[item][name] for name in targets[item]])
+            for item, like in likes.items()}
+
+  def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+    return _orbax().load_checkpointables(self._committed(step), targets)
+
+  def _committed(self, step: int) -> epath.Path:
+    """The directory of a step. FileNotFoundError, naming those there are, if it is not there or not committed."""
+    if step not in self.steps():
+      found = f'it has {", ".join(map(str, self.steps()))}' if self.steps() else 'it has none'
+      raise FileNotFoundError(f'no checkpoint of step {step} in {self.directory}: {found}')
+    return self.directory / str(step)
+
+
+def find(argument: str) -> tuple[Checkpoints, int]:
+  """The checkpoint that a user means by 'WORKDIR' (its newest) or 'WORKDIR@STEP'. FileNotFoundError if there is none."""
+  workdir, step = parse(argument)
+  checkpoints = Checkpoints(workdir)
+  step = checkpoints.latest() if step is None else step
+  if step is None:
+    raise FileNotFoundError(f'no checkpoint in {checkpoints.directory}: give the workdir of a run, or WORKDIR@STEP')
+  checkpoints._committed(step)
+  return checkpoints, step
+
+
+def parse(argument: str) -> tuple[str, int | None]:
+  """parse('runs/a@100') == ('runs/a', 100);  parse('runs/a') == ('runs/a', None)."""
+  workdir, at, step = argument.rpartition('@')
+  return (workdir, int(step)) if at and step.isdecimal() else (argument, None)
+
+
+def lineage(parent: dict[str, Any] | None = None) -> dict[str, Any]:
+  """Where a run comes from, for `meta`: a new run id, the code, JAX, and its parent ({'run': id, 'step': n}) or None."""
+  return {'run': uuid.uuid4().hex, 'parent': parent, 'code': code_version(),
+          'jax': jax.__version__, 'jaxlib': importlib.metadata.version('jaxlib')}
+
+
+def code_version() -> str:
+  """The git commit of this code, with '-dirty' if it was changed; the package's version where there is no git."""
+  here = Path(__file__).parent
+  described = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--match='], cwd=here,
+                             capture_output=True, text=True, check=False)
+  return described.stdout.strip() or importlib.metadata.version('maxlm')
+
+
+def named_leaves(tree) -> dict[str, Any]:
+  """{'stacks.0.attention.w_q_DNH': leaf}: the leaves under their dotted paths, in the tree's order."""
+  named = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    parts = [str(getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', None)))) for key in path]
+    name = '.'.join(parts[:-1] if parts[-1] == 'value' else parts)  # nnx.Param keeps its array in `.value`
+    assert name not in named, f'two leaves are named {name}'
+    named[name] = leaf
+  return named
+
+
+def _target(leaf) -> jax.ShapeDtypeStruct:
+  """What Orbax is asked for. A sharding on an abstract mesh (of jax.eval_shape) means the mesh that is set."""
+  sharding = leaf.sharding
+  if isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_same_shapes(path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+  for name in [*wanted, *saved]:
+    shapes = [tuple(tree[name].shape) if name in tree else None for tree in (saved, wanted)]
+    if shapes[0] != shapes[1]:
+      there, here = ('absent' if shape is None else f'of shape {shape}' for shape in shapes)
+      raise ValueError(f'checkpoint {path} is of another architecture: {name} is {there} there and {here} in this config')
+
+
+def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None):
+  ocp = _orbax()
+  policies = ocp.training.preservation_policies
+  keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+  return ocp.training.Checkpointer(directory, context=_context(ocp),
+                                   preservation_policy=policies.AnyPreservationPolicy(keep))
+
+
+def _context(ocp):
+  context = ocp.Context()
+  # Its default on a local disk trusts the name of a directory, and lists, loads and keeps unfinished ones.
+  context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+  context.checkpointables.registry = ocp.handlers.local_registry()
+  context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')  # else: arrays of scalars
+  return context
+
+
+def _orbax():
+  """Orbax, imported when it is first needed: it takes a second, and a fresh run has time for it at its first save."""
+  from orbax.checkpoint import v1
+
+  return v1

@@ -1,0 +1,123 @@
+"""Experiment: everything a run is, as one typed value.
+
+Each dataclass lives beside the part it configures; here they are composed and checked against each other.
+`configs/*.py` return one from `get_config(arg)`; every key can be overridden on the command line
+(`--config.model.n_layers=4`), and what was run is written to `config.json` in the workdir.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from maxlm.checkpoint import CheckpointConfig
+from maxlm.data import DataConfig
+from maxlm.evals import EvalConfig
+from maxlm.losses import LossConfig
+from maxlm.models.decoder import ComputeConfig, DecoderConfig
+from maxlm.optim import OptimConfig
+from maxlm.ops.attention import check_attention
+from maxlm.sharding import AXES, RULES, MeshConfig
+from maxlm.step import StepConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Experiment:
+  """name: of the run; its default workdir is runs/<name>. pod: the machine it is meant for, as 'v5p:4x4x4', or '' for
+  any. tokens: of the whole run, padding included. microbatches: parts a step's batch is computed in. seed: of weights
+  and data order. log_every: steps between lines of the log."""
+
+  name: str
+  pod: str = ''
+  model: DecoderConfig
+  compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  data: DataConfig
+  optim: OptimConfig
+  loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+  evals: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  tokens: int
+  microbatches: int = 1
+  seed: int = 0
+  log_every: int = 10
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.data.batch_size * self.data.seq_len
+
+  @property
+  def n_steps(self) -> int:
+    return math.ceil(self.tokens / self.tokens_per_step)
+
+  @property
+  def pod_devices(self) -> int:
+    """Devices of the pod the run is meant for; one for 'any machine'."""
+    return math.prod(int(n) for n in self.pod.split(':')[1].split('x')) if self.pod else 1
+
+  def step_config(self, platform: str, n_sources: int) -> StepConfig:
+    """What `step.train_step` needs, with the platform's choices made."""
+    return StepConfig(model=self.model, compute=self.compute.resolve(platform), optim=self.optim, loss=self.loss,
+                      tokens_per_step=self.tokens_per_step, total_tokens=self.n_steps * self.tokens_per_step,
+                      microbatches=self.microbatches, n_sources=n_sources)
+
+
+def validate(config: Experiment, platform: str, n_devices: int) -> None:
+  """ValueError, in one line with the fix, for what cannot run on that many devices of that platform. Called once."""
+  model, data = config.model, config.data
+  positive = {'model.vocab_size': model.vocab_size, 'model.d_model': model.d_model, 'model.n_layers': model.n_layers,
+              'data.seq_len': data.seq_len, 'data.batch_size': data.batch_size, 'tokens': config.tokens,
+              'microbatches': config.microbatches, 'compute.unroll': config.compute.unroll, 'log_every': config.log_every}
+  for name, value in positive.items():
+    if value < 1:
+      raise ValueError(f'{name}={value} must be at least 1')
+  if not model.pattern:
+    raise ValueError('model.pattern is empty: it needs at least one LayerSpec')
+  config.optim.check(config.n_steps * config.tokens_per_step)
+  for source, weight in data.mixture.items():
+    if weight < 1:
+      raise ValueError(f'data.mixture[{source!r}]={weight}: weights are whole numbers from 1; leave a source out to skip it')
+  compute = config.compute.resolve(platform)
+  for i, layer in enumerate(model.pattern):
+    attention = layer.attention
+    where = f'model.pattern[{i}].attention'
+    if attention.n_heads % attention.n_kv_heads:
+      raise ValueError(f'{where}.n_heads={attention.n_heads} is not a multiple of n_kv_heads={attention.n_kv_heads}')
+    if attention.rope_theta is not None and attention.head_dim % 2:
+      raise ValueError(f'{where}.head_dim={attention.head_dim} must be even for rotary positions')
+    if attention.window is not None and attention.window < 1:
+      raise ValueError(f'{where}.window={attention.window} must be at least 1 (1: only the token itself); None is no window')
+    check_attention(compute.kernel, platform, window=attention.window, softcap=attention.softcap, sinks=attention.sinks,
+                    head_dim=attention.head_dim, seq_len=data.seq_len, dtype=compute.dtype)
+  _check_mesh(config, dict(zip(AXES, config.mesh.shape(n_devices))))
+
+
+def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
+  """ValueError unless every split dimension divides by the mesh axes it is split over."""
+  for axis in ('expert', 'context'):
+    if sizes[axis] > 1:
+      raise ValueError(f'mesh.{axis}={sizes[axis]}: no layer of this version is split over {axis}; set it to 1')
+  dims = {'model.vocab_size': ('V', config.model.vocab_size), 'model.d_model': ('D', config.model.d_model)}
+  for i, layer in enumerate(config.model.pattern):
+    dims |= {f'model.pattern[{i}].attention.n_heads': ('N', layer.attention.n_heads),
+             f'model.pattern[{i}].attention.n_kv_heads': ('K', layer.attention.n_kv_heads),
+             f'model.pattern[{i}].mlp.d_ff': ('F', layer.mlp.d_ff)}
+  dims['data.batch_size / microbatches'] = ('B', config.data.batch_size / config.microbatches)
+  for name, (dim, size) in dims.items():
+    parts = math.prod(sizes[axis] for axis in RULES[dim])
+    if size % parts:
+      raise ValueError(f'{name}={size:g} does not divide into {parts} parts ({" x ".join(RULES[dim])} of the mesh): '
+                       'change it or the mesh')
+
+
+def describe(config: Experiment, platform: str, n_parameters: int) -> str:
+  """The lines a run starts with: what will be computed, how, and on what."""
+  model, compute = config.model, config.compute.resolve(platform)
+  kinds = [('full' if layer.attention.window is None else f'window {layer.attention.window}') for layer in model.pattern]
+  devices = jax.devices()
+  return (f'model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers ({", ".join(kinds)}), '
+          f'width {model.d_model}, vocabulary {model.vocab_size}\n'
+          f'compute  {len(devices)} x {devices[0].device_kind}, {compute.dtype}, attention kernel {compute.kernel}, '
+          f'remat {compute.remat}\n'
+          f'steps    {config.n_steps:,} of {config.data.batch_size} x {config.data.seq_len} = '
+          f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step / 1e6:,.1f}M tokens in all')

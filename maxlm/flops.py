@@ -1,0 +1,74 @@
+"""Analytic parameters and FLOPs, and what the hardware could do, for MFU.
+
+FLOPs of the model: 2 a multiply-add, backward = 2 x forward, no recomputation counted (Chowdhery et al. 2022,
+arXiv 2204.02311, appendix B). Attention is counted by the pairs that the mask lets see each other, documents and
+windows included, so packed rows and sliding layers are not over-reported.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.models.decoder import DecoderConfig, LayerSpec
+
+# Dense bf16 FLOP/s of one JAX device, by the start of its device_kind. TPUs: cloud.google.com/tpu/docs system pages;
+# a TPU7x chip shows as two devices. GPUs: NVIDIA data sheets, without sparsity.
+PEAK_FLOPS = {
+  'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
+  'TPU v6 lite': 918e12, 'TPU v6e': 918e12, 'TPU7x': 1153.5e12, 'TPU v7x': 1153.5e12,
+  'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12,
+}
+
+
+def layer_matmul_params(layer: LayerSpec, d_model: int) -> int:
+  """Weights of one layer that multiply activations."""
+  attention, mlp = layer.attention, layer.mlp
+  projections = 2 * attention.n_heads + 2 * attention.n_kv_heads
+  return d_model * attention.head_dim * projections + d_model * mlp.d_ff * (3 if mlp.gated else 2)
+
+
+def matmul_params(model: DecoderConfig) -> int:
+  """Weights that multiply activations: all but norms, biases and the embedding's look-up; the head counts."""
+  return model.d_model * model.vocab_size + sum(layer_matmul_params(layer, model.d_model) for layer in model.layers)
+
+
+def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | None) -> int:
+  """(query, key) pairs that a causal mask with that window admits within the documents of packed rows [B, T]."""
+  seen = positions.astype(np.int64) + 1
+  if window is not None:
+    seen = np.minimum(seen, window)
+  return int(seen[segment_ids > 0].sum())
+
+
+def train_flops(model: DecoderConfig, batch: dict[str, np.ndarray]) -> float:
+  """FLOPs of one training step on a host's batch of packed rows (numpy: positions, segment_ids). Padding is not work."""
+  tokens = int((batch['segment_ids'] > 0).sum())
+  pairs = {window: visible_pairs(batch['positions'], batch['segment_ids'], window)
+           for window in {layer.attention.window for layer in model.pattern}}
+  scores = sum(4 * layer.attention.n_heads * layer.attention.head_dim * pairs[layer.attention.window]
+               for layer in model.layers)
+  return 3.0 * (2 * matmul_params(model) * tokens + scores)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """FLOP/s the device could do: from the table in bf16; on CPU, measured on one fp32 product. None if unknown."""
+  if device.platform == 'cpu':
+    return measured_matmul_flops()
+  kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+  return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+def measured_matmul_flops(size: int = 1024, repeats: int = 5) -> float:
+  """FLOP/s of this process's default device on an fp32 [size, size] product, best of a few: about 0.2 s on 2 cores."""
+  product = jax.jit(jnp.matmul)
+  with jax.sharding.set_mesh(jax.make_mesh((1,), ('one',), devices=jax.devices()[:1])):
+    a = jax.device_put(np.ones((size, size), np.float32), jax.P(None, None))
+    product(a, a).block_until_ready()
+    times = []
+    for _ in range(repeats):
+      start = time.perf_counter()
+      product(a, a).block_until_ready()
+      times.append(time.perf_counter() - start)
+  return 2 * size**3 / min(times)

@@ -1,0 +1,254 @@
+"""Causal attention over packed documents: `attention` picks a kernel, `check_attention` says what a kernel can honour.
+
+  reference  all scores at once, the definition; tests and decoding
+  chunked    blocks of queries against the keys they can see, in XLA; any platform (`chunked_attention`)
+  splash     TPU Pallas kernel (`maxlm.ops.splash`)
+
+Token i sees token j iff j <= i, i - j < window, and both are of one segment. Scores and softmax are fp32. A learned
+logit a head may sit in the denominator of the softmax ("sinks", gpt-oss, arXiv:2508.10925 section 2.3).
+"""
+
+import functools
+import math
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from maxlm.sharding import axes, spec
+
+KERNELS = ('reference', 'chunked', 'splash')
+MASKED = -1e30  # a score nobody sees. Finite: a difference of two of them is not NaN
+
+# Chunked: at most 8 blocks of queries are written out in the program, each of at least 128 queries; what is longer than
+# 256 is scanned, 256 at a time. On a CPU 4 to 8 blocks of 64 to 128 queries are about equally fast at T=512.
+UNROLLED_CHUNKS, SHORTEST_CHUNK, SCAN_ROWS = 8, 128, 256
+
+
+def check_attention(kernel: str, platform: str, *, window: int | None, softcap: float | None, sinks: bool,
+                    head_dim: int, seq_len: int, dtype) -> None:
+  """ValueError, in one line that names a kernel that can, if `kernel` cannot honour this attention on `platform`."""
+  if kernel not in KERNELS:
+    raise ValueError(f'attention kernel {kernel!r} is none of {", ".join(KERNELS)}')
+  if window is not None and window < 1:
+    raise ValueError(f'attention window {window}: a token sees at least itself, so 1 or more (None: no window)')
+  if softcap is not None and softcap <= 0:
+    raise ValueError(f'attention softcap {softcap}: it must be positive (None: no cap)')
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'attention in {jnp.dtype(dtype).name}: it must be a float type')
+  if kernel != 'splash':
+    return
+  if platform != 'tpu':
+    raise ValueError(f"attention kernel 'splash' runs on tpu, not on {platform}: use 'chunked'")
+  if seq_len % 128:
+    raise ValueError(f"attention kernel 'splash' needs a sequence in multiples of 128, not {seq_len}: use 'chunked'")
+  if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(f"attention kernel 'splash' takes float32 or bfloat16, not {jnp.dtype(dtype).name}: use 'chunked'")
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, *,
+              sinks_N: jax.Array | None = None, window: int | None = None, softcap: float | None = None,
+              scale: float, kernel: str = 'chunked') -> jax.Array:
+  """Causal self-attention of packed rows -> out_BTNH in the dtype of q.
+
+  q has N heads in groups of N/K that share one of the K heads of k and v. segment_ids: tokens of different ids do not
+  see each other; padding is a segment like any other, so its rows are finite. softcap: c*tanh(score/c), before the mask.
+  """
+  if kernel == 'splash':
+    from maxlm.ops.splash import splash_attention as island  # Pallas is slow to import and only a TPU needs it
+  else:
+    island = {'reference': _reference, 'chunked': chunked_attention}[kernel]
+  options = dict(window=window, softcap=softcap, scale=scale)
+
+  def local(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N):
+    if sinks_N is not None:  # one copy per shard of the batch, so that its gradient is the sum of theirs
+      sinks_N = jax.lax.pcast(sinks_N.astype(jnp.float32), axes('BT'), to='varying')
+    return island(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, **options)
+
+  return jax.shard_map(
+    local, in_specs=(spec('BTNH'), spec('BSKH'), spec('BSKH'), spec('BT'), spec('N')), out_specs=spec('BTNH'),
+  )(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N)
+
+
+def visible_BTS(q_index: jax.Array, k_index: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
+                window: int | None) -> jax.Array:
+  """Who sees whom: bool [B, T, S] (or what the leading dimensions of the [B, T] and [B, S] arguments broadcast to)."""
+  ahead = q_index[..., :, None] - k_index[..., None, :]
+  near = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
+  return near & (q_segments[..., :, None] == k_segments[..., None, :])
+
+
+def attention_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, *,
+                        sinks_N: jax.Array | None = None, softcap: float | None = None, scale: float) -> jax.Array:
+  """Attention as it is defined, with any mask: O(T*S) memory. A row that sees nothing is the mean of the values."""
+  q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
+  s_BKGTS = _capped(_dot('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH) * scale, softcap)
+  s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS, MASKED)
+  if sinks_N is not None:
+    sinks_KG = sinks_N.astype(jnp.float32).reshape(q_BKGTH.shape[1:3])
+    sinks_BKGT1 = jnp.broadcast_to(sinks_KG[:, :, None, None], (*s_BKGTS.shape[:-1], 1))
+    s_BKGTS = jnp.concatenate([s_BKGTS, sinks_BKGT1], axis=-1)
+  p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1)[..., : k_BKSH.shape[2]]
+  out_BKGTH = _dot('BKGTS,BKSH->BKGTH', p_BKGTS.astype(q_BTNH.dtype), v_BKSH)
+  return _heads_last(out_BKGTH).astype(q_BTNH.dtype)
+
+
+def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softcap, scale):
+  index_T = jnp.arange(q_BTNH.shape[1])
+  mask_BTS = visible_BTS(index_T, index_T, segment_ids_BT, segment_ids_BT, window)
+  return attention_reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks_N, softcap=softcap, scale=scale)
+
+
+# -- chunked --------------------------------------------------------------------------------------------------------
+# A block of queries meets all the keys it can see at once, so its softmax needs no second pass. The backward pass makes
+# the probabilities again from the log-sum-exp, as FlashAttention does (arXiv:2205.14135, algorithm 4), and makes them
+# transposed, keys before queries: then none of its five products needs a transpose, which on a CPU costs as much as
+# the product. In the names below t and s are the queries of one block and the keys it can see.
+
+
+def chunked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softcap, scale):
+  """`attention` on one device in memory O(T * chunk). Keys outside the causal band and the window cost nothing."""
+  return _chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale):
+  return _chunked_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale)[0]
+
+
+def _chunked_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale):
+  q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
+  block = functools.partial(_forward_block, sinks_N=sinks_N, window=window, softcap=softcap, scale=scale)
+  outs, lses = [], []
+  for start, stop in query_chunks(q_BTNH.shape[1]):
+    q_BKGTH, outs = jax.lax.optimization_barrier((q_BKGTH, outs))  # one after another: scores of one block live
+    at = slice(start, stop)
+    seen = slice(_first_key(start, window), stop)
+    queries = q_BKGTH[:, :, :, at], segment_ids_BT[:, at], jnp.arange(start, stop)
+    keys = k_BKSH[:, :, seen], v_BKSH[:, :, seen], segment_ids_BT[:, seen], jnp.arange(seen.start, stop)
+    _, (out_BKGtH, lse_BKGt) = _over_rows(block, (), queries, (3, 1, 0), keys, (3, 3))
+    outs.append(out_BKGtH)
+    lses.append(lse_BKGt)
+  out_BTNH = checkpoint_name(_heads_last(jnp.concatenate(outs, axis=3)), 'attn_out')
+  lse_BKGT = checkpoint_name(jnp.concatenate(lses, axis=3), 'attn_lse')
+  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, out_BTNH, lse_BKGT)
+
+
+def _forward_block(carry, queries, keys, *, sinks_N, window, softcap, scale):
+  q_BKGtH, q_segments, q_index = queries
+  k_BKsH, v_BKsH, k_segments, k_index = keys
+  s_BKGts = _capped(_dot('BKGtH,BKsH->BKGts', q_BKGtH, k_BKsH) * scale, softcap)
+  mask_Bts = visible_BTS(q_index, k_index, q_segments, k_segments, window)
+  s_BKGts = jnp.where(mask_Bts[:, None, None], s_BKGts, MASKED)
+  top_BKGt1 = s_BKGts.max(axis=-1, keepdims=True)
+  if sinks_N is not None:
+    sinks_KG11 = sinks_N.reshape(*q_BKGtH.shape[1:3], 1, 1)
+    top_BKGt1 = jnp.maximum(top_BKGt1, sinks_KG11)
+  p_BKGts = jnp.exp(s_BKGts - top_BKGt1)
+  total_BKGt1 = p_BKGts.sum(axis=-1, keepdims=True)
+  if sinks_N is not None:
+    total_BKGt1 += jnp.exp(sinks_KG11 - top_BKGt1)
+  out_BKGtH = _dot('BKGts,BKsH->BKGtH', p_BKGts.astype(v_BKsH.dtype), v_BKsH) / total_BKGt1
+  return carry, (out_BKGtH.astype(q_BKGtH.dtype), (top_BKGt1 + jnp.log(total_BKGt1))[..., 0])
+
+
+def _chunked_backward(window, softcap, scale, residuals, dout_BTNH):
+  q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, out_BTNH, lse_BKGT = residuals
+  q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
+  dout_BKGTH, *_ = _heads_first(dout_BTNH, k_BSKH, v_BSKH)
+  delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+  delta_BKGT = delta_BTN.swapaxes(1, 2).reshape(lse_BKGT.shape)
+  k_BKHS = k_BKSH.swapaxes(2, 3)
+  block = functools.partial(_backward_block, window=window, softcap=softcap, scale=scale)
+  dk_BKSH, dv_BKSH = jnp.zeros_like(k_BKSH, jnp.float32), jnp.zeros_like(v_BKSH, jnp.float32)
+  dqs = []
+  for start, stop in query_chunks(q_BTNH.shape[1]):
+    q_BKGTH, dout_BKGTH, dqs = jax.lax.optimization_barrier((q_BKGTH, dout_BKGTH, dqs))
+    at = slice(start, stop)
+    seen = slice(_first_key(start, window), stop)
+    queries = (*(x[:, :, :, at] for x in (q_BKGTH, dout_BKGTH, lse_BKGT, delta_BKGT)),
+               segment_ids_BT[:, at], jnp.arange(start, stop))
+    keys = (k_BKSH[:, :, seen], k_BKHS[..., seen], v_BKSH[:, :, seen],
+            segment_ids_BT[:, seen], jnp.arange(seen.start, stop))
+    sums = dk_BKSH[:, :, seen], dv_BKSH[:, :, seen]
+    (dk_BKsH, dv_BKsH), dq_BKHGt = _over_rows(block, sums, queries, (3, 3, 3, 3, 1, 0), keys, 4)
+    dqs.append(dq_BKHGt)
+    dk_BKSH = jax.lax.dynamic_update_slice_in_dim(dk_BKSH, dk_BKsH, seen.start, axis=2)
+    dv_BKSH = jax.lax.dynamic_update_slice_in_dim(dv_BKSH, dv_BKsH, seen.start, axis=2)
+  dq_BTNH = jnp.concatenate(dqs, axis=4).transpose(0, 4, 1, 3, 2).reshape(q_BTNH.shape)
+  dk_BSKH, dv_BSKH = dk_BKSH.swapaxes(1, 2).astype(k_BSKH.dtype), dv_BKSH.swapaxes(1, 2).astype(v_BSKH.dtype)
+  dsinks_N = None
+  if sinks_N is not None:  # a sink's probability is exp(sink - lse) and its value is zero
+    sinks_KG1 = sinks_N.reshape(*lse_BKGT.shape[1:3], 1)
+    dsinks_N = -jnp.sum(jnp.exp(sinks_KG1 - lse_BKGT) * delta_BKGT, axis=(0, 3)).reshape(sinks_N.shape)
+  return dq_BTNH, dk_BSKH, dv_BSKH, None, dsinks_N
+
+
+def _backward_block(sums, queries, keys, *, window, softcap, scale):
+  q_BKGtH, dout_BKGtH, lse_BKGt, delta_BKGt, q_segments, q_index = queries
+  k_BKsH, k_BKHs, v_BKsH, k_segments, k_index = keys
+  s_BKsGt = _capped(_dot('BKsH,BKGtH->BKsGt', k_BKsH, q_BKGtH) * scale, softcap)
+  mask_Bst = visible_BTS(q_index, k_index, q_segments, k_segments, window).swapaxes(1, 2)
+  p_BKsGt = jnp.where(mask_Bst[:, None, :, None], jnp.exp(s_BKsGt - lse_BKGt[:, :, None]), 0)
+  ds_BKsGt = p_BKsGt * (_dot('BKsH,BKGtH->BKsGt', v_BKsH, dout_BKGtH) - delta_BKGt[:, :, None]) * scale
+  if softcap is not None:
+    ds_BKsGt *= 1 - jnp.square(s_BKsGt / softcap)
+  ds_BKsGt, p_BKsGt = ds_BKsGt.astype(q_BKGtH.dtype), p_BKsGt.astype(q_BKGtH.dtype)
+  dk_BKsH = sums[0] + _dot('BKsGt,BKGtH->BKsH', ds_BKsGt, q_BKGtH)
+  dv_BKsH = sums[1] + _dot('BKsGt,BKGtH->BKsH', p_BKsGt, dout_BKGtH)
+  dq_BKHGt = _dot('BKHs,BKsGt->BKHGt', k_BKHs, ds_BKsGt)
+  return (dk_BKsH, dv_BKsH), dq_BKHGt.astype(q_BKGtH.dtype)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def query_chunks(seq_len: int) -> list[tuple[int, int]]:
+  """Blocks (start, stop) of queries; one longer than SCAN_ROWS is a multiple of it."""
+  chunk = _round_up(math.ceil(seq_len / UNROLLED_CHUNKS), SHORTEST_CHUNK)
+  if chunk > SCAN_ROWS:
+    chunk = _round_up(chunk, SCAN_ROWS)
+  starts = [*range(0, seq_len, chunk)]
+  if seq_len - starts[-1] > SCAN_ROWS and seq_len % SCAN_ROWS:
+    starts.append(seq_len // SCAN_ROWS * SCAN_ROWS)
+  return list(zip(starts, [*starts[1:], seq_len]))
+
+
+def _over_rows(block, carry, queries, dims, keys, out_dims):
+  """`block(carry, queries, keys)`, scanned over SCAN_ROWS queries at a time (along `dims`) if there are more."""
+  length = queries[-1].shape[0]
+  if length <= SCAN_ROWS:
+    return block(carry, queries, keys)
+  split = lambda x, dim: jnp.moveaxis(x.reshape(*x.shape[:dim], -1, SCAN_ROWS, *x.shape[dim + 1:]), dim, 0)
+  join = lambda x, dim: jnp.moveaxis(x, 0, dim).reshape(*x.shape[1:dim + 1], length, *x.shape[dim + 2:])
+  carry, outs = jax.lax.scan(lambda carry, rows: block(carry, rows, keys), carry, tuple(map(split, queries, dims)))
+  return carry, jax.tree.map(join, outs, out_dims)
+
+
+def _first_key(start: int, window: int | None) -> int:
+  """The oldest key that a query from `start` on sees, rounded down so that slices stay aligned."""
+  return 0 if window is None else max(0, start - window + 1) // SHORTEST_CHUNK * SHORTEST_CHUNK
+
+
+def _round_up(x: int, multiple: int) -> int:
+  return -(-x // multiple) * multiple
+
+
+def _heads_first(q_BTNH, k_BSKH, v_BSKH):
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  return q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+
+
+def _heads_last(out_BKGTH):
+  B, K, G, T, H = out_BKGTH.shape
+  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def _capped(s, softcap):
+  return s if softcap is None else softcap * jnp.tanh(s / softcap)
+
+
+def _dot(dims, x, y):
+  return jnp.einsum(dims, x, y, preferred_element_type=jnp.float32)
