@@ -1,11 +1,11 @@
 """Checkpoints of a run: what is saved, under which names, and what is trusted.
 
-    checkpoints = Checkpoints(workdir, keep_last=3, keep_every=5000)
+    checkpoints = Checkpoints(workdir / 'checkpoints', keep_last=3, keep_every=5000)
     checkpoints.save(step, params=params, opt=opt, meta=meta)   # returns at once; buffers may be donated right after
     checkpoints.poll()                                          # every step: raises if the save in flight has failed
     params, opt = checkpoints.restore(checkpoints.latest(), params_like, opt_like)
 
-A thin layer over Orbax v1. WORKDIR/checkpoints/STEP/ holds `params` and `opt` (arrays under plain dotted names such as
+A thin layer over Orbax v1. DIRECTORY/STEP/ holds `params` and `opt` (arrays under plain dotted names such as
 `stacks.0.attention.w_q_DNH`, so that no file depends on a class of Flax or optax, nor on the mesh) and `meta` (JSON).
 A step counts only with its commit_success.txt, on every kind of storage: what a kill or a half-finished copy leaves
 behind is neither listed, nor loaded, nor counted among those to keep, and a later save of that step replaces it.
@@ -35,10 +35,10 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-  """The checkpoints in a workdir. Every process of the job makes the same calls, from its main thread."""
+  """The checkpoints in a directory. Every process of the job makes the same calls, from its main thread."""
 
-  def __init__(self, workdir: str | Path, *, keep_last: int = 3, keep_every: int | None = None):
-    self.directory = epath.Path(workdir) / 'checkpoints'
+  def __init__(self, directory: str | Path, *, keep_last: int = 3, keep_every: int | None = None):
+    self.directory = epath.Path(directory)
     self._keep_last, self._keep_every = keep_last, keep_every
     self._checkpointer = None  # Orbax's; made by the first save, for it creates the directory
     self._saving = None  # (step, response) of the save in flight
@@ -111,7 +111,7 @@ class Checkpoints:
 
   def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
     targets = {item: {name: _target(leaf) for name, leaf in named_leaves(like).items()} for item, like in likes.items()}
-    path = self._committed(step)
+    path = self.path(step)
     saved = _orbax().checkpointables_metadata(path).metadata
     for item, target in targets.items():
       if item not in saved:
@@ -122,9 +122,9 @@ class Checkpoints:
             for item, like in likes.items()}
 
   def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
-    return _orbax().load_checkpointables(self._committed(step), targets)
+    return _orbax().load_checkpointables(self.path(step), targets)
 
-  def _committed(self, step: int) -> epath.Path:
+  def path(self, step: int) -> epath.Path:
     """The directory of a step. FileNotFoundError, naming those there are, if it is not there or not committed."""
     if step not in self.steps():
       found = f'it has {", ".join(map(str, self.steps()))}' if self.steps() else 'it has none'
@@ -133,13 +133,13 @@ class Checkpoints:
 
 
 def find(argument: str) -> tuple[Checkpoints, int]:
-  """The checkpoint that a user means by 'WORKDIR' (its newest) or 'WORKDIR@STEP'. FileNotFoundError if there is none."""
+  """The checkpoint a user means by 'WORKDIR' (its newest) or 'WORKDIR@STEP'. FileNotFoundError if there is none."""
   workdir, step = parse(argument)
-  checkpoints = Checkpoints(workdir)
-  step = checkpoints.latest() if step is None else step
-  if step is None:
+  checkpoints = Checkpoints(epath.Path(workdir) / 'checkpoints')
+  if step is None and not checkpoints.steps():
     raise FileNotFoundError(f'no checkpoint in {checkpoints.directory}: give the workdir of a run, or WORKDIR@STEP')
-  checkpoints._committed(step)
+  step = checkpoints.latest() if step is None else step
+  checkpoints.path(step)
   return checkpoints, step
 
 
@@ -150,7 +150,7 @@ def parse(argument: str) -> tuple[str, int | None]:
 
 
 def lineage(parent: dict[str, Any] | None = None) -> dict[str, Any]:
-  """Where a run comes from, for `meta`: a new run id, the code, JAX, and its parent ({'run': id, 'step': n}) or None."""
+  """Where a run comes from, for `meta`: a new id, the code, JAX, and its parent ({'run': id, 'step': n}) or None."""
   return {'run': uuid.uuid4().hex, 'parent': parent, 'code': code_version(),
           'jax': jax.__version__, 'jaxlib': importlib.metadata.version('jaxlib')}
 
@@ -189,7 +189,7 @@ def _check_same_shapes(path, saved: dict[str, Any], wanted: dict[str, Any]) -> N
     shapes = [tuple(tree[name].shape) if name in tree else None for tree in (saved, wanted)]
     if shapes[0] != shapes[1]:
       there, here = ('absent' if shape is None else f'of shape {shape}' for shape in shapes)
-      raise ValueError(f'checkpoint {path} is of another architecture: {name} is {there} there and {here} in this config')
+      raise ValueError(f'checkpoint {path} is of another architecture: {name} is {there} there, {here} in this config')
 
 
 def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None):

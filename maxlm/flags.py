@@ -23,11 +23,10 @@ import difflib
 import dis
 import importlib.util
 import inspect
-import io
 import os
 import re
 import sys
-import tokenize
+import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -117,8 +116,8 @@ def nearest(key: str, known: Sequence[str]) -> str | None:
 
 
 def walk(config, prefix: str = '') -> Iterator[tuple[str, Any, Any, str]]:
-  """Each key of a tree of dataclasses: (dotted key, annotation, value, the comment on the field's line)."""
-  hints, comments = typing.get_type_hints(type(config)), _comments(type(config))
+  """Each key of a tree of dataclasses: (dotted key, annotation, value, what the docstring says of it)."""
+  hints, texts = typing.get_type_hints(type(config)), _field_texts(type(config))
   for field in dataclasses.fields(config):
     key, value = prefix + field.name, getattr(config, field.name)
     if dataclasses.is_dataclass(value):
@@ -127,7 +126,7 @@ def walk(config, prefix: str = '') -> Iterator[tuple[str, Any, Any, str]]:
       for i, item in enumerate(value):
         yield from walk(item, f'{key}[{i}].')
     else:
-      yield key, hints[field.name], value, comments.get(field.name, '')
+      yield key, hints[field.name], value, texts.get(field.name, '')
 
 
 def split_args(args: Sequence[str], default: str) -> tuple[str, list[tuple[str, str]], list[str]]:
@@ -168,8 +167,8 @@ def usage(main: Callable, own: Sequence[flags.Flag], config_name: str | None = N
   lines += _columns(rows)
   if config is not None:
     lines += ['', f'keys of {config_name}, each one a flag:', *_columns([
-      (f'--config.{key}={value!r}', f'{comment} ({typed_json.type_name(annotation)})' if value is None else comment)
-      for key, annotation, value, comment in walk(config)])]
+      (f'--config.{key}={value}', f'({typed_json.type_name(annotation)}) {text}')
+      for key, annotation, value, text in walk(config)])]
   return '\n'.join(lines)
 
 
@@ -225,19 +224,19 @@ def _parse_plain(command: str, args: list[str], own: Sequence[flags.Flag], *, ha
     raise ValueError(f'unexpected argument {rest[0]!r}{hint}')
 
 
-def _comments(cls: type) -> dict[str, str]:
-  """Field name -> the comment at the end of its line in the source of a dataclass and its bases."""
-  comments = {}
-  for base in reversed(cls.__mro__):
-    if not dataclasses.is_dataclass(base):
-      continue
-    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(inspect.getsource(base))).readline):
-      name = re.match(r'\s*(\w+)\s*:', token.line)
-      if token.type == tokenize.COMMENT and name:
-        comments[name[1]] = token.string.lstrip('# ')
-  return comments
+def _field_texts(cls: type) -> dict[str, str]:
+  """What the docstring of a dataclass says of its fields, each as `name: text`."""
+  names = '|'.join(field.name for field in dataclasses.fields(cls))
+  _, *pieces = re.split(rf'\b({names}): ', ' '.join((cls.__doc__ or '').split()))
+  return {name: text.strip() for name, text in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
-  width = min(44, max(len(left) for left, _ in rows))
-  return [f'  {left:{width}}  {right}'.rstrip() for left, right in rows]
+  """Two columns, the right one wrapped; a left side that is too wide has a line of its own."""
+  width = min(48, max(len(left) for left, _ in rows)) + 4
+  lines = []
+  for left, right in rows:
+    first, *more = textwrap.wrap(right, 110 - width) or ['']
+    lines += [f'  {left}'.ljust(width) + first] if len(left) + 4 <= width else [f'  {left}', ' ' * width + first]
+    lines += [' ' * width + line for line in more]
+  return [line.rstrip() for line in lines if line.strip()]

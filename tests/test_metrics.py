@@ -139,7 +139,7 @@ def test_si(value, text):
 
 
 @pytest.mark.parametrize('seconds, text', [
-  (0.2, '1s'), (59, '59s'), (59.5, '1m 00s'), (190, '3m 10s'), (3600, '1h 00m'), (3660 * 2, '2h 02m'), (90000, '1d 01h')])
+  (0.2, '1s'), (59, '59s'), (59.5, '1m 00s'), (190, '3m 10s'), (3600, '1h 00m'), (7320, '2h 02m'), (90000, '1d 01h')])
 def test_duration(seconds, text):
   assert duration(seconds) == text
 
