@@ -1,0 +1,333 @@
+"""Builds a corpus: sources -> documents -> selection -> tokenizer -> packed rows.
+
+    python -m data_pipeline.build --recipe=quickstart --out=DIR
+    python -m data_pipeline.build --recipe=my_recipe.py --out=DIR --seq_lens=512,4096
+
+Run again, it goes on where it was killed, rebuilds what a changed recipe, input or program touches, and leaves a finished
+corpus alone. docs/data.md shows what lies in DIR and how to write a recipe.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shutil
+import sys
+import time
+
+from data_pipeline import documents, pack, recipe as recipes, rows, selection, shards, tokenizer
+from data_pipeline.recipe import Recipe, SourceUnavailable, load_recipe
+from data_pipeline.runners import LocalRunner
+from data_pipeline.sources import text
+
+__all__ = ['build', 'load_recipe', 'main']
+
+
+def build(recipe: Recipe, out, *, workers: int | None = None) -> pathlib.Path:
+  """Builds the corpus of `recipe` in the directory `out` and returns its path. Progress is shown on stderr.
+
+  Resumable: every shard is committed whole, and a rerun trusts only what is recorded with the same recipe, inputs and code.
+  Row lengths that the corpus already has are kept. ValueError or OSError with one line for bad input, a full disk, …
+  """
+  recipe.validate()
+  runner, root = LocalRunner(workers), pathlib.Path(out).absolute()
+  try:
+    with _locked(root):
+      if not any(_is_complete(candidate, root) for candidate in (recipe, recipe.fallback) if candidate):
+        _build_or_fall_back(recipe, root, runner)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise OSError(error.errno, f'the disk of {root} is full: free some space and run the same command again, '
+                                 'which keeps what was finished') from error
+    raise
+  return root
+
+
+def _build_or_fall_back(recipe: Recipe, root: pathlib.Path, runner: LocalRunner) -> None:
+  try:
+    _Build(recipe, root, runner).run()
+  except SourceUnavailable as error:
+    if recipe.fallback is None or _manifest_of(root) is not None:  # a corpus from better days is not replaced by a lesser one
+      raise
+    _say(f'notice: {error}\nnotice: building {recipe.fallback.name!r} instead of {recipe.name!r}')
+    _Build(recipe.fallback, root, runner).run()
+
+
+class _Build:
+  """One build under way. Each stage reads only what the stages before have recorded."""
+
+  def __init__(self, recipe: Recipe, root: pathlib.Path, runner: LocalRunner):
+    self.recipe, self.root, self.runner = recipe, root, runner
+    self.key = _corpus_key(recipe)
+    self.old = _manifest_of(root)
+    known = self.old['seq_lens'] if self.old and self.old['key'] == self.key else ()
+    self.seq_lens = sorted({*recipe.seq_lens, *known})
+    self.records_used = set()
+
+  def run(self) -> None:
+    started = time.monotonic()
+    _say(f'building corpus {self.recipe.name!r} in {self.root}, {self.runner.workers} processes')
+    sources = self._documents()
+    chosen = self._selection(sources)
+    vocabulary = self._tokenizer(sources, chosen)
+    packed = [shard for seq_len in self.seq_lens for shard in self._rows(sources, chosen, vocabulary, seq_len)]
+    if not any(shard['split'] == selection.TRAIN for shard in packed):
+      raise ValueError(f'recipe {self.recipe.name}: no document is left to train on; {self.root}/selection has the verdicts')
+    manifest = self._manifest(sources, chosen, vocabulary, packed)
+    shards.write_json(self.root / 'manifest.json', manifest)
+    keep = {file['path'] for file in manifest['files']} | {f'build/{name}.json' for name in self.records_used}
+    shards.remove_leftovers(self.root, keep | {'build/lock'})
+    _say(f'done in {time.monotonic() - started:.0f} s: {_summary(manifest)}')
+
+  def _recorded(self, name: str, key: str) -> dict | None:
+    self.records_used.add(name)
+    return shards.read_record(self.root, name, key)
+
+  def _run_tasks(self, function, tasks: list[tuple]) -> list[dict]:
+    """Records of tasks (name, key, *arguments), in order; those not yet recorded are run as function(root, *task)."""
+    todo = [(self.root, *task) for task in tasks if self._recorded(*task[:2]) is None]
+    told = time.monotonic()
+    for done, _ in enumerate(self.runner.run(function, todo), 1):
+      if time.monotonic() - told > 5:
+        told = time.monotonic()
+        _say(f'    {done} of {len(todo)} shards')
+    return [shards.read_record(self.root, *task[:2]) for task in tasks]
+
+  def _documents(self) -> list[dict]:
+    """Stage 1: a record a source, with its units (shards of documents)."""
+    _say('1/4 documents')
+    started = time.monotonic()
+    keys = {source.name: _source_key(source) for source in self.recipe.sources}
+    missing = [source for source in self.recipe.sources if self._recorded(f'documents-{source.name}', keys[source.name]) is None]
+    with _scratch(self.root) as scratch:
+      inputs = {source.name: source.fetch(scratch) for source in missing}
+      if missing:
+        self._retire_manifest()
+      tasks = {source.name: [(f'documents-{source.name}-{i:05d}', shards.key_of(keys[source.name], unit.lineage), source, unit,
+                              f'documents/{source.name}/{i:05d}-of-{len(inputs[source.name]):05d}.parquet')
+                             for i, unit in enumerate(inputs[source.name])] for source in missing}
+      self._run_tasks(documents.write_shard, [task for group in tasks.values() for task in group])
+    for name, group in tasks.items():
+      units = [shards.read_record(self.root, *task[:2]) for task in group]
+      shards.write_record(self.root, f'documents-{name}', keys[name], [file for unit in units for file in unit['files']],
+                          units=units)
+    records = [self._recorded(f'documents-{source.name}', keys[source.name]) for source in self.recipe.sources]
+    for source, record in zip(self.recipe.sources, records):
+      units = record['units']
+      origin = units[0]['lineage'] + (f' and {len(units) - 1} more' if len(units) > 1 else '')
+      _say(f'    {source.name:20} {_total(units, "documents"):9,} documents {_total(units, "bytes") / 1e6:9.2f} MB'
+           f'   {origin}{"" if source in missing else " (done before)"}')
+    if missing:
+      read = sum(_total(record['units'], 'bytes') for source, record in zip(self.recipe.sources, records) if source in missing)
+      _say(f'    {_rate(read / 1e6, "MB of text", time.monotonic() - started)}')
+    return records
+
+  def _retire_manifest(self) -> None:
+    """The old corpus is about to be overwritten: from here on nothing may open it."""
+    if self.old is not None and self.old['key'] != self.key:
+      _say('    the recipe, its inputs or the program changed: rebuilding what they touch')
+      (self.root / 'manifest.json').unlink(missing_ok=True)
+
+  def _selection(self, sources: list[dict]) -> dict:
+    """Stage 2: the record of all verdicts."""
+    recipe, units = self.recipe, [unit for source in sources for unit in source['units']]
+    key = shards.key_of(_hashes(units), recipe.min_bytes, recipe.validation_fraction, shards.code_of(selection))
+    record = self._recorded('selection', key)
+    if record is None:
+      self._retire_manifest()
+      record = selection.select(self.root, [unit['files'][0]['path'] for unit in units], 'selection', key,
+                                min_bytes=recipe.min_bytes, validation_fraction=recipe.validation_fraction)
+    counts = {verdict: _total(record['counts'], verdict) for verdict in selection.VERDICTS}
+    _say(f'2/4 selection\n    {counts["train"]:,} train, {counts["validation"]:,} validation; dropped {counts["duplicate"]:,} '
+         f'exact duplicates and {counts["short"]:,} shorter than {recipe.min_bytes} bytes')
+    return record
+
+  def _tokenizer(self, sources: list[dict], chosen: dict) -> dict:
+    """Stage 3: the record of the tokenizer."""
+    units = [unit for source in sources for unit in source['units']]
+    key = shards.key_of(_hashes(units), _hashes([chosen]), self.recipe.vocab_size, shards.code_of(tokenizer))
+    record, started = self._recorded('tokenizer', key), time.monotonic()
+    _say('3/4 tokenizer')
+    if record is None:
+      self._retire_manifest()
+      record = tokenizer.train(self.root, [unit['files'][0]['path'] for unit in units], 'tokenizer', key,
+                               vocab_size=self.recipe.vocab_size)
+      _say(f'    {_rate(record["trained_on"] / 1e6, "MB of text", time.monotonic() - started)}')
+    fewer = '' if record['vocab_size'] == self.recipe.vocab_size else f' (not {self.recipe.vocab_size:,}: the text is too small)'
+    _say(f'    {record["vocab_size"]:,} tokens{fewer}')
+    return record
+
+  def _rows(self, sources: list[dict], chosen: dict, vocabulary: dict, seq_len: int) -> list[dict]:
+    """Stage 4: shards of rows of one length."""
+    _say(f'4/4 rows of {seq_len}')
+    started, tasks = time.monotonic(), []
+    code = shards.code_of(pack, rows, tokenizer)
+    verdicts = iter(chosen['files'])
+    for source, record in zip(self.recipe.sources, sources):
+      for i, unit in enumerate(record['units']):
+        key = shards.key_of(_hashes([unit]), next(verdicts)['xxh3'], vocabulary['sha256'], seq_len, code)
+        tasks.append((f'rows-{seq_len}-{source.name}-{i:05d}', key, source.name, unit['files'][0]['path'], seq_len))
+    if done_before := all(self._recorded(*task[:2]) for task in tasks):
+      _say('    done before')
+    else:
+      self._retire_manifest()
+    written = [shard for record in self._run_tasks(rows.write_shards, tasks) for shard in record['shards']]
+    for source in self.recipe.sources:
+      for split in (selection.TRAIN, selection.VALIDATION):
+        if mine := [shard for shard in written if (shard['source'], shard['split']) == (source.name, split)]:
+          fill = _total(mine, 'tokens') / _total(mine, 'rows') / seq_len
+          _say(f'    {source.name:20} {split:10} {_total(mine, "rows"):9,} rows {_total(mine, "tokens"):12,} tokens'
+               f'   {fill:.2%} full')
+    if not done_before:
+      _say(f'    {_rate(_total(written, "tokens") / 1e6, "M tokens", time.monotonic() - started)}')
+    return written
+
+  def _manifest(self, sources: list[dict], chosen: dict, vocabulary: dict, packed: list[dict]) -> dict:
+    counts, per_source = iter(chosen['counts']), {}
+    for source, record in zip(self.recipe.sources, sources):
+      verdicts = [next(counts) for _ in record['units']]
+      mine = [shard for shard in packed if shard['source'] == source.name and shard['seq_len'] == self.seq_lens[0]]
+      per_source[source.name] = {
+        'lineage': [unit['lineage'] for unit in record['units']],
+        'documents': {verdict: _total(verdicts, verdict) for verdict in selection.VERDICTS},
+        **{split: {fact: _total([shard for shard in mine if shard['split'] == split], fact)
+                   for fact in ('documents', 'text_bytes', 'tokens')}
+           for split in (selection.TRAIN, selection.VALIDATION)}}
+    parts = [*sources, chosen, vocabulary]
+    row_files = [{key: shard[key] for key in ('path', 'bytes', 'xxh3')} for shard in packed]
+    return {
+      'format': shards.FORMAT, 'key': self.key, 'recipe': recipes.describe(self.recipe), 'seq_lens': self.seq_lens,
+      'vocab_size': vocabulary['vocab_size'], 'eot': vocabulary['eot'], 'tokenizer_sha256': vocabulary['sha256'],
+      'sources': per_source, 'rows': packed, 'files': [file for part in parts for file in part['files']] + row_files,
+      'made_with': {'python': platform.python_version(), **{
+        package: importlib.metadata.version(package) for package in ('resiliparse', 'tokenizers', 'pyarrow', 'array-record')}}}
+
+
+def _corpus_key(recipe: Recipe) -> str:
+  """What decides a corpus but for its row lengths, which can be added, and the fallback, which is a corpus of its own."""
+  facts = recipes.describe(dataclasses.replace(recipe, seq_lens=(), fallback=None))
+  code = shards.code_of(documents, selection, tokenizer, pack, rows)
+  return shards.key_of(facts, [_source_key(source) for source in recipe.sources], code)
+
+
+def _source_key(source) -> str:
+  code = shards.code_of(documents, text, sys.modules[type(source).__module__])
+  return shards.key_of(recipes.describe(source), source.state(), code)
+
+
+def _hashes(records: list[dict]) -> list[str]:
+  return [file['xxh3'] for record in records for file in record['files']]
+
+
+def _manifest_of(root: pathlib.Path) -> dict | None:
+  """The manifest that is there, if this version can read it."""
+  try:
+    return shards.read_manifest(root)
+  except (FileNotFoundError, ValueError):
+    return None
+
+
+def _is_complete(recipe: Recipe, root: pathlib.Path) -> bool:
+  """Says so if the corpus is there, was made from this recipe, these inputs and this program, and has these row lengths."""
+  manifest = _manifest_of(root)
+  complete = (manifest is not None and manifest['key'] == _corpus_key(recipe)
+              and set(recipe.seq_lens) <= set(manifest['seq_lens'])
+              and all(shards.is_there(root, file) for file in manifest['files']))
+  if complete:
+    _say(f'corpus {recipe.name!r} is complete, nothing to do: {root}: {_summary(manifest)}')
+  return complete
+
+
+@contextlib.contextmanager
+def _locked(root: pathlib.Path):
+  """The directory, made and held against a second build. Nothing is written beside somebody else's files."""
+  try:
+    if root.is_dir() and any(root.iterdir()) and not (root / 'build').is_dir():
+      raise ValueError(f'{root} holds other files and no corpus: give --out a new or empty directory')
+    (root / 'build').mkdir(parents=True, exist_ok=True)
+    lock = open(root / 'build' / 'lock', 'w')
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise OSError(error.errno, f'cannot write in {root} ({error.strerror}): choose another --out') from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f'another build is writing {root}: wait for it, or end it') from error
+    for leftover in root.glob(f'{shards.TEMPORARY}*'):
+      leftover.unlink()
+    yield
+
+
+@contextlib.contextmanager
+def _scratch(root: pathlib.Path):
+  """Where sources are fetched to: inside the corpus's directory, and gone afterwards."""
+  scratch = root / 'scratch'
+  shutil.rmtree(scratch, ignore_errors=True)
+  scratch.mkdir()
+  try:
+    yield scratch
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _total(records: list[dict], fact: str) -> int:
+  return sum(record.get(fact, 0) for record in records)
+
+
+def _rate(amount: float, unit: str, seconds: float) -> str:
+  return f'{amount:.2f} {unit} in {seconds:.1f} s: {amount / max(seconds, 1e-9):.2f} {unit.split()[0]}/s'
+
+
+def _summary(manifest: dict) -> str:
+  train, validation = ([source[split] for source in manifest['sources'].values()] for split in ('train', 'validation'))
+  return (f'{_total(train, "tokens"):,} training and {_total(validation, "tokens"):,} validation tokens, '
+          f'{_total(train, "text_bytes") / _total(train, "tokens"):.2f} bytes a token, '
+          f'rows of {", ".join(map(str, manifest["seq_lens"]))}')
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def _parse(argv) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog='python -m data_pipeline.build', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--recipe', required=True, help='a name in data_pipeline/recipes (quickstart) or the path of a .py file, '
+                      'with :ARG for get_recipe(ARG): quickstart:python')
+  parser.add_argument('--out', required=True, type=pathlib.Path, help='directory of the corpus: new, empty, or built before')
+  parser.add_argument('--seq_lens', help="row lengths to pack, e.g. 512 or 512,4096 (default: the recipe's); "
+                      'lengths that the corpus already has are kept')
+  parser.add_argument('--workers', type=int, help='processes (default: one a core)')
+  parser.add_argument('--runner', choices=['local'], default='local', help='where the work is done')
+  return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+  arguments = _parse(argv)
+  try:
+    recipe = load_recipe(arguments.recipe)
+    if arguments.seq_lens:
+      recipe = dataclasses.replace(recipe, seq_lens=_parse_lengths(arguments.seq_lens))
+    build(recipe, arguments.out, workers=arguments.workers)
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  return 0
+
+
+def _parse_lengths(text: str) -> tuple[int, ...]:
+  try:
+    return tuple(int(part) for part in text.split(','))
+  except ValueError as error:
+    raise ValueError(f'--seq_lens={text}: give numbers with commas between them, e.g. 512,4096') from error
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,68 @@
+"""A source that any Debian or Ubuntu machine can fetch by name, with no account and no root: the pages of a package."""
+
+import dataclasses
+import fnmatch
+import pathlib
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+
+from data_pipeline.recipe import Input, SourceUnavailable
+from data_pipeline.sources.text import html_to_text
+
+_MAX_PAGE = 64 << 20  # bytes; a larger page is not documentation
+_TIMEOUT = 300  # seconds for each command
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True, slots=True)
+class DebianPackage:
+  """The HTML pages of a Debian package, in the order of the package. name: the package's and the source's."""
+
+  name: str
+  pages: str = '*/html/*.html'  # which members
+
+  def state(self) -> str:
+    return ''  # the version that the machine's package lists name is taken, and recorded as the documents' lineage
+
+  def fetch(self, scratch: pathlib.Path) -> list[Input]:
+    """`apt-get download` into scratch; where the package lists are missing or stale, `apt-get update` into scratch first."""
+    if not (shutil.which('apt-get') and shutil.which('dpkg-deb')):
+      raise SourceUnavailable(f'the package {self.name} needs apt-get and dpkg-deb, which this machine does not have')
+    folder = scratch / self.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if _apt(['download', self.name], folder) is not None:
+      lists = scratch / 'lists'
+      (lists / 'partial').mkdir(parents=True, exist_ok=True)
+      options = ['-o', f'Dir::State::Lists={lists}', '-o', 'APT::Sandbox::User=', '-o', f'Dir::Cache={scratch}']
+      refreshed = _apt([*options, 'update'], folder)
+      if (reason := _apt([*options, 'download', self.name], folder)) is not None:
+        raise SourceUnavailable(f'apt-get cannot download the package {self.name}: {reason or refreshed}')
+    package, = folder.glob('*.deb')
+    return [Input(paths=(str(package),), lineage=package.name.replace('%3a', ':'))]
+
+  def read(self, unit: Input) -> Iterator[tuple[str, str]]:
+    """Streams the members of the package; nothing is unpacked to disk and no name in it is trusted."""
+    command = ['dpkg-deb', '--fsys-tarfile', *unit.paths]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacker:
+      with tarfile.open(fileobj=unpacker.stdout, mode='r|') as members:
+        for member in members:
+          if member.isreg() and member.size <= _MAX_PAGE and fnmatch.fnmatchcase(member.name, self.pages):
+            if text := html_to_text(members.extractfile(member).read()):
+              yield f'deb:{self.name}/{member.name.removeprefix("./")}', text
+      unpacker.stdout.read()
+    if unpacker.returncode:
+      raise ValueError(f'{unit.lineage} is damaged: dpkg-deb cannot unpack it; run the build again to fetch it anew')
+
+
+def _apt(arguments: list[str], folder: pathlib.Path) -> str | None:
+  """Runs apt-get in a folder; None if it worked, else its last error on one line."""
+  try:
+    done = subprocess.run(['apt-get', '-q', *arguments], cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT,
+                          env=None, check=False)
+  except subprocess.TimeoutExpired:
+    return f'no answer in {_TIMEOUT} seconds'
+  if done.returncode == 0:
+    return None
+  errors = [line for line in done.stderr.splitlines() if line.startswith('E: ')]
+  return (errors or done.stderr.splitlines() or ['it failed without a message'])[-1].removeprefix('E: ')
