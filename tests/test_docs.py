@@ -1,8 +1,8 @@
 """What the documentation says is so: its commands run or at least exist, its links lead somewhere, its tables are true.
 
-A ```bash block that opens with the line `# run by the tests` is run, with the others of its page, in order, in a directory that
-looks like the root of a clone; `# run by the slow tests` is for what takes more than a minute. Of every other ```bash
-block, each `python -m MODULE --flag` and `python FILE --flag` must exist, by its own --help. docs/style.md tells writers.
+A ```bash block that opens with the line `# run by the tests` is run, with the others of its page, in order, in a
+directory that looks like the root of a clone; `# run by the slow tests` is for what takes more than a minute. Of every
+other ```bash block, each `python -m MODULE --flag` and `python FILE --flag` must exist, by its own --help. docs/style.md tells writers.
 """
 
 import ast
@@ -98,7 +98,8 @@ def clone_at(directory: Path) -> dict[str, str]:
   for entry in ROOT.iterdir():
     if entry.name not in ('runs', 'corpora') and not entry.name.startswith('.'):
       (directory / entry.name).symlink_to(entry)
-  return os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'PYTHONPATH': str(directory)}
+  path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+  return os.environ | {'PATH': path, 'PYTHONPATH': str(directory)}
 
 
 def run_blocks(bodies: list[str], directory: Path, seconds: int) -> None:
