@@ -2,7 +2,8 @@
 
 A ```bash block that opens with the line `# run by the tests` is run, with the others of its page, in order, in a
 directory that looks like the root of a clone; `# run by the slow tests` is for what takes more than a minute. Of every
-other ```bash block, each `python -m MODULE --flag` and `python FILE --flag` must exist, by its own --help. docs/style.md tells writers.
+other ```bash block, each `python -m MODULE --flag` and `python FILE --flag` must exist, by its own --help.
+docs/style.md tells writers.
 """
 
 import ast

@@ -47,8 +47,8 @@ IMPORTED_WHERE_USED = {'tokamax', 'libtpu', 'ray'}  # heavy and optional: inside
 NNX = {'Module', 'Param', 'Rngs', 'List'}
 ENVIRONMENT = ('launch/', 'maxlm/plan/', 'data_pipeline/runners.py')  # may touch environment variables
 AXIS_WORDS = {'fsdp', 'tensor', 'expert'}  # never another thing's name
-AXIS_TAKERS = {'P', 'PartitionSpec', 'NamedSharding', 'psum', 'pmax', 'pmin', 'pmean', 'ppermute', 'psum_scatter', 'all_gather',
-               'all_to_all', 'axis_index', 'axis_size', 'make_mesh', 'Mesh', 'AbstractMesh', 'shard_map'}
+AXIS_TAKERS = {'P', 'PartitionSpec', 'NamedSharding', 'psum', 'pmax', 'pmin', 'pmean', 'ppermute', 'psum_scatter',
+               'all_gather', 'all_to_all', 'axis_index', 'axis_size', 'make_mesh', 'Mesh', 'AbstractMesh', 'shard_map'}
 
 
 def parts(path: str) -> list[str]:
