@@ -11,8 +11,10 @@ A step counts only with its commit_success.txt, on every kind of storage: what a
 behind is neither listed, nor loaded, nor counted among those to keep, and a later save of that step replaces it.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import logging
 import subprocess
 import uuid
 from pathlib import Path
@@ -57,40 +59,47 @@ class Checkpoints:
   def save(self, step: int, *, params, opt, meta: dict[str, Any]) -> None:
     """Starts to save, and returns when the arrays have left the device; waits for an earlier save to end first.
 
-    Raises what `poll` raises, for the earlier save.
+    OSError with the reason if the earlier save failed, or if this one cannot be started.
     """
     self.wait()
-    if self._checkpointer is None:
-      self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every)
     items = {'params': named_leaves(params), 'opt': named_leaves(opt), 'meta': meta}
-    self._saving = step, self._checkpointer.save_checkpointables_async(step, items, force=True)
+    with self._failures_of(step):
+      if self._checkpointer is None:
+        self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every)
+      present = {name: item for name, item in items.items() if item}  # Orbax refuses empty ones: the state of plain SGD
+      self._saving = step, self._checkpointer.save_checkpointables_async(step, present, force=True)
 
   def poll(self) -> None:
-    """Raises OSError with the reason if the save in flight has failed; costs nothing. For every step of the loop."""
+    """OSError with the reason if the save in flight has failed; costs nothing. For every step of the loop."""
     if self._saving is not None and not self._checkpointer.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
-    """Waits until the save in flight, if any, is committed. Raises OSError with the reason if it failed."""
+    """Waits until the save in flight, if any, is committed. OSError with the reason if it failed."""
     if self._saving is None:
       return
     (step, response), self._saving = self._saving, None
-    try:
+    with self._failures_of(step):
       response.result()
-    except (OSError, ValueError) as error:  # what the file system and tensorstore raise
-      reason = ' '.join(str(error).split())
-      if 'No space left' in reason or 'RESOURCE_EXHAUSTED' in reason:
-        reason = 'the disk is full: free space, or keep fewer (--config.checkpoint.keep_last)'
-      raise OSError(f'the checkpoint of step {step} was not written to {self.directory}: {reason}') from error
 
   def close(self) -> None:
     """Ends the save in flight, as `wait` does, and Orbax's threads."""
+    self.wait()
+    if self._checkpointer is not None:
+      self._checkpointer.close()
+      self._checkpointer = None
+
+  @contextlib.contextmanager
+  def _failures_of(self, step: int):
+    """Failures to write a step, told as one OSError. Orbax's checkpointer is given up: it would tell them again."""
     try:
-      self.wait()
-    finally:
-      if self._checkpointer is not None:
-        self._checkpointer.close()
-        self._checkpointer = None
+      yield
+    except (OSError, ValueError) as error:  # of the file system, and of tensorstore
+      self._checkpointer = None
+      reason = ' '.join(str(error).split())
+      if 'No space left' in reason:
+        reason = 'the disk is full: free space, or keep fewer of them (--config.checkpoint.keep_last)'
+      raise OSError(f'the checkpoint of step {step} was not written to {self.directory}: {reason}') from error
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON that was saved with the step."""
@@ -114,15 +123,24 @@ class Checkpoints:
     path = self.path(step)
     saved = _orbax().checkpointables_metadata(path).metadata
     for item, target in targets.items():
-      if item not in saved:
-        raise ValueError(f'checkpoint {path} holds no {item}, only {", ".join(saved)}')
-      _check_same_shapes(path, saved[item], target)
-    loaded = self._load(step, targets)
+      if saved.get(item, {}) is None:
+        raise self._damaged(path, f'the description of its {item} cannot be read')
+      _check_same_shapes(path, saved.get(item, {}), target)
+    loaded = self._load(step, {item: target for item, target in targets.items() if target})
     return {item: jax.tree.unflatten(jax.tree.structure(like), [loaded[item][name] for name in targets[item]])
             for item, like in likes.items()}
 
   def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
-    return _orbax().load_checkpointables(self.path(step), targets)
+    path = self.path(step)
+    try:
+      return _orbax().load_checkpointables(path, targets)
+    except (KeyError, ValueError, OSError) as error:  # its NoEntryError is a KeyError; the reason may be its cause
+      raise self._damaged(path, error.__cause__ or error) from error
+
+  def _damaged(self, path: epath.Path, reason) -> ValueError:
+    others = [step for step in self.steps() if str(step) != path.name]
+    advice = f'there are also {", ".join(map(str, others))}' if others else 'there is no other'
+    return ValueError(f'checkpoint {path} is damaged ({advice}): {" ".join(str(reason).split())[:300]}')
 
   def path(self, step: int) -> epath.Path:
     """The directory of a step. FileNotFoundError, naming those there are, if it is not there or not committed."""
@@ -213,4 +231,10 @@ def _orbax():
   """Orbax, imported when it is first needed: it takes a second, and a fresh run has time for it at its first save."""
   from orbax.checkpoint import v1
 
+  # Each of its threads logs the traceback of a failed save, hundreds of lines; we raise the reason ourselves.
+  logging.getLogger('absl').addFilter(_is_not_a_traceback_of_orbax)
   return v1
+
+
+def _is_not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
+  return not (record.exc_info and 'orbax' in record.pathname)

@@ -26,7 +26,7 @@ class DataConfig:
   batch_size: int
 
 
-def schedule(config: DataConfig, corpus: loader.Corpus) -> MixtureSchedule:
+def mixture(config: DataConfig, corpus: loader.Corpus) -> MixtureSchedule:
   """The mixture of a run: one stage without end, weights as configured or the sources' own sizes in rows."""
   weights = config.mixture or {source: corpus.rows(source, 'train') for source in corpus.sources}
   return MixtureSchedule(stages=((None, weights),))
@@ -35,7 +35,7 @@ def schedule(config: DataConfig, corpus: loader.Corpus) -> MixtureSchedule:
 def train_batches(config: DataConfig, corpus: loader.Corpus, seed: int, step: int) -> Iterator[tuple[dict, Batch]]:
   """(host batch, device batch) of each step from `step` on: pure function of (seed, step), whatever the hosts."""
   host = (jax.process_index(), jax.process_count())
-  for batch in loader.batches(corpus, schedule(config, corpus), seed=seed, batch_size=config.batch_size,
+  for batch in loader.batches(corpus, mixture(config, corpus), seed=seed, batch_size=config.batch_size,
                               cursor=step * config.batch_size, host=host):
     yield batch, to_device(batch)
 

@@ -4,9 +4,12 @@ import dataclasses
 import gzip
 import math
 
+import jax
 import numpy as np
+import tokenizers
 
 from data_pipeline import loader
+from data_pipeline.mixture import MixtureSchedule
 from maxlm.data import to_device
 from maxlm.models.decoder import Decoder
 
@@ -35,48 +38,51 @@ class Score:
   def bits_per_byte(self) -> float:
     return self.nats / math.log(2) / self.bytes
 
-  def __add__(self, other: 'Score') -> 'Score':
-    return Score(nats=self.nats + other.nats, tokens=self.tokens + other.tokens, bytes=self.bytes + other.bytes)
 
+def evaluate(score, params: Decoder, corpus: loader.Corpus, rows: int, batch_size: int) -> dict[str, Score]:
+  """Score of each source on up to `rows` of its held-out rows, always the same ones.
 
-def evaluate(step_fn, params: Decoder, corpus: loader.Corpus, rows: int, batch_size: int) -> dict[str, Score]:
-  """Score of each source on its first `rows` held-out rows. step_fn: a jitted `step.eval_step` of (params, batch)."""
+  score: a jitted `step.eval_step` of (params, batch). batch_size: rows at a time, over all hosts.
+  """
+  host = (jax.process_index(), jax.process_count())
   scores = {}
   for source in corpus.sources:
-    nats, tokens, text_bytes = [], 0, 0
-    for batch in loader.validation_batches(corpus, source, batch_size, rows):
-      nats.append(step_fn(params, to_device(batch))['nll_by_source'])
-      real = batch['segment_ids'] > 0
-      tokens += int(real.sum())
-      text_bytes += int(corpus.token_bytes[batch['targets']][real].sum())
-    if tokens:
-      scores[source] = Score(nats=float(sum(np.asarray(n, np.float64).sum() for n in nats)), tokens=tokens, bytes=text_bytes)
+    sums = []
+    for batch in loader.validation_batches(corpus, source, batch_size, rows, host):
+      target_bytes = corpus.token_bytes[batch['targets']] * (batch['segment_ids'] > 0)
+      sums.append(score(params, to_device({**batch, 'target_bytes': target_bytes.astype(np.int32)})))
+    if sums:
+      nats, tokens, text_bytes = (sum(float(s[name]) for s in sums) for name in ('nll', 'tokens', 'bytes'))
+      scores[source] = Score(nats=nats, tokens=int(tokens), bytes=int(text_bytes))
   return scores
 
 
 def total(scores: dict[str, Score]) -> Score:
   """All sources together."""
-  return sum(scores.values(), Score(nats=0.0, tokens=0, bytes=0))
+  return Score(nats=sum(s.nats for s in scores.values()), tokens=sum(s.tokens for s in scores.values()),
+               bytes=sum(s.bytes for s in scores.values()))
 
 
-def baselines(corpus: loader.Corpus, rows: int, train_rows: int = 4096) -> dict[str, dict[str, float]]:
-  """Bits per byte of gzip -9 and of a unigram model on the held-out rows that `evaluate` scores, for each source and 'all'.
+def baselines(corpus: loader.Corpus, rows: int, train_rows: int = 2048) -> dict[str, dict[str, float]]:
+  """Bits per byte of gzip -9 and of a unigram model on the held-out rows that `evaluate` scores: {source or 'all': …}.
 
-  gzip compresses a source's bytes as one stream. The unigram model has the token frequencies, plus one, of up to
+  gzip compresses the text of a source's rows as one stream. The unigram model has the token frequencies, plus one, of up to
   `train_rows` training rows of every source.
   """
   counts_V = np.ones(corpus.vocab_size, np.float64)
   for source in corpus.sources:
-    for batch in loader.source_batches(corpus, source, 'train', 256, train_rows):
-      counts_V += np.bincount(batch['targets'][batch['segment_ids'] > 0], minlength=corpus.vocab_size)
+    batch = loader.batch_at(corpus, MixtureSchedule(stages=((None, {source: 1}),)), seed=0, step=0,
+                            batch_size=min(train_rows, corpus.rows(source, 'train')))
+    counts_V += np.bincount(batch['targets'][batch['segment_ids'] > 0], minlength=corpus.vocab_size)
   bits_V = -np.log2(counts_V / counts_V.sum())
+  tokenizer = tokenizers.Tokenizer.from_file(str(corpus.tokenizer_path))
   sums = {}
   for source in corpus.sources:
-    targets = np.concatenate([batch['targets'][batch['segment_ids'] > 0]
-                              for batch in loader.validation_batches(corpus, source, 64, rows)] or [np.zeros(0, np.int32)])
-    if targets.size:
-      text = corpus.decode_bytes(targets)
-      sums[source] = np.array([8.0 * len(gzip.compress(text, 9, mtime=0)), bits_V[targets].sum(), len(text)])
+    batches = loader.validation_batches(corpus, source, 64, rows)
+    targets = [batch['targets'][batch['segment_ids'] > 0] for batch in batches]
+    if targets:
+      ids = np.concatenate(targets)
+      text = tokenizer.decode(ids.tolist()).encode()
+      sums[source] = np.array([8.0 * len(gzip.compress(text, 9)), bits_V[ids].sum(), corpus.token_bytes[ids].sum()])
   sums['all'] = sum(sums.values())
-  return {source: {'gzip': float(gz / n), 'unigram': float(uni / n)} for source, (gz, uni, n) in sums.items()}
-
+  return {source: {'gzip': float(packed / n), 'unigram': float(bits / n)} for source, (packed, bits, n) in sums.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def test_loss_and_every_gradient_leaf_are_the_same_on_any_mesh(mesh_of, sizes):
   batch = random_batch(np.random.default_rng(2), 8, 64, 512)
   with mesh_of(1):
     loss_one, grads_one = gradients(perturbed(MODEL), batch)
-  with mesh_of(**{'fsdp': 1, **sizes}):
+  with mesh_of(math.prod(sizes.values()), **{'fsdp': 1, **sizes}):
     params = perturbed(MODEL)
     loss_many, grads_many = gradients(params, batch)
   assert loss_many == pytest.approx(loss_one, rel=1e-6)

@@ -12,8 +12,8 @@ import functools
 import math
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.sharding import axes, spec
 
@@ -48,25 +48,21 @@ def check_attention(kernel: str, platform: str, *, window: int | None, softcap: 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, *,
               sinks_N: jax.Array | None = None, window: int | None = None, softcap: float | None = None,
-              scale: float, kernel: str = 'chunked') -> jax.Array:
+              scale: float, kernel: str = 'chunked', interpret: bool = False) -> jax.Array:
   """Causal self-attention of packed rows -> out_BTNH in the dtype of q.
 
   q has N heads in groups of N/K that share one of the K heads of k and v. segment_ids: tokens of different ids do not
   see each other; padding is a segment like any other, so its rows are finite. softcap: c*tanh(score/c), before the mask.
   """
   if kernel == 'splash':
-    from maxlm.ops.splash import splash_attention as island  # Pallas is slow to import and only a TPU needs it
+    from maxlm.ops.splash import splash_attention  # Pallas is slow to import and only a TPU needs it
+    island = functools.partial(splash_attention, interpret=interpret)
   else:
     island = {'reference': _reference, 'chunked': chunked_attention}[kernel]
-  options = dict(window=window, softcap=softcap, scale=scale)
-
-  def local(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N):
-    if sinks_N is not None:  # one copy per shard of the batch, so that its gradient is the sum of theirs
-      sinks_N = jax.lax.pcast(sinks_N.astype(jnp.float32), axes('BT'), to='varying')
-    return island(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, **options)
-
+  island = functools.partial(island, window=window, softcap=softcap, scale=scale)
   return jax.shard_map(
-    local, in_specs=(spec('BTNH'), spec('BSKH'), spec('BSKH'), spec('BT'), spec('N')), out_specs=spec('BTNH'),
+    island, in_specs=(spec('BTNH'), spec('BSKH'), spec('BSKH'), spec('BT'), spec('N')), out_specs=spec('BTNH'),
+    check_vma=kernel != 'splash',  # the outputs of its Pallas calls do not say along which axes they vary
   )(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N)
 
 
@@ -108,6 +104,8 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softc
 
 def chunked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softcap, scale):
   """`attention` on one device in memory O(T * chunk). Keys outside the causal band and the window cost nothing."""
+  if sinks_N is not None:  # a copy for each shard of the batch, so that its gradient is the sum of theirs
+    sinks_N = jax.lax.pcast(sinks_N.astype(jnp.float32), axes('BT'), to='varying')
   return _chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale)
 
 

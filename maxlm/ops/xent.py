@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 from maxlm.sharding import axes, spec
 
-# Tokens a device takes at a time. Adding a chunk's part to the fp32 gradient of w moves 8·D·V bytes for 6·chunk·D·V
-# FLOPs, so an accelerator of 200 to 500 FLOPs per byte of bandwidth wants a chunk near 1024 or more; …
-CHUNK = 1024
-# … its fp32 logits are 4·chunk·V bytes: at most this many of them (a quarter of a GiB), which also suits a CPU's cache.
-CHUNK_LOGITS = 1 << 26
+# Tokens a device takes at a time. Adding a chunk's part to the fp32 gradient of w moves 8·D·V bytes for its 2·chunk·D·V
+# of 6·chunk·D·V FLOPs: 0.75·chunk FLOPs a byte, where accelerators have 170 to 560. A CPU is fastest at 256 to 512.
+CHUNK = 512
+CHUNK_LOGITS = 1 << 26  # a chunk is shorter if its fp32 logits would be more than these (256 MiB) on a device
 
 
 def cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
@@ -95,10 +94,9 @@ def _over_chunks(w_DV, tokens, softcap, z_loss, chunk, with_gradients):
   split = lambda x: jnp.pad(x, [(0, n_chunks * size - length), *[(0, 0)] * (x.ndim - 1)]).reshape(
     n_chunks, size, *x.shape[1:])
   join = lambda x: x.reshape(-1, *x.shape[2:])[:length]
-  w_VD = w_DV.T
 
   def body(sums, part):
-    loss, nll_C, gradients = _chunk(w_DV, w_VD, *part, softcap, z_loss, with_gradients)
+    loss, nll_C, gradients = _chunk(w_DV, *part, softcap, z_loss, with_gradients)
     if not with_gradients:
       return (sums[0] + loss,), (nll_C,)
     dx_CD, dw_DV = gradients
@@ -110,9 +108,9 @@ def _over_chunks(w_DV, tokens, softcap, z_loss, chunk, with_gradients):
   return sums[0], join(parts[0]), (join(parts[1]), sums[1]) if with_gradients else ()
 
 
-def _chunk(w_DV, w_VD, x_CD, target_C, weight_C, softcap, z_loss, with_gradients):
+def _chunk(w_DV, x_CD, target_C, weight_C, softcap, z_loss, with_gradients):
   """Loss, nll and gradients (dx, this device's part of dw) of one chunk. V here is this device's part of it."""
-  logits_CV = _capped(jnp.dot(x_CD, w_DV, preferred_element_type=jnp.float32), softcap)
+  logits_CV = _capped(jnp.einsum('CD,DV->CV', x_CD, w_DV, preferred_element_type=jnp.float32), softcap)
   top_C = jax.lax.pmax(jax.lax.stop_gradient(logits_CV.max(axis=-1)), axes('V'))
   lse_C = top_C + jnp.log(jax.lax.psum(jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1), axes('V')))
   index_V = jnp.arange(w_DV.shape[1]) + _shard_index('V') * w_DV.shape[1]
@@ -126,8 +124,8 @@ def _chunk(w_DV, w_VD, x_CD, target_C, weight_C, softcap, z_loss, with_gradients
   if softcap is not None:
     dlogits_CV *= 1 - jnp.square(logits_CV / softcap)
   dlogits_CV = dlogits_CV.astype(x_CD.dtype)
-  dx_CD = jax.lax.psum(jnp.dot(dlogits_CV, w_VD, preferred_element_type=jnp.float32), axes('V'))
-  return loss, nll_C, (dx_CD.astype(x_CD.dtype), jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32))
+  dx_CD = jax.lax.psum(jnp.einsum('CV,DV->CD', dlogits_CV, w_DV, preferred_element_type=jnp.float32), axes('V'))
+  return loss, nll_C, (dx_CD.astype(x_CD.dtype), jnp.einsum('CD,CV->DV', x_CD, dlogits_CV, preferred_element_type=jnp.float32))
 
 
 def _shard_index(dims: str) -> jax.Array:
