@@ -5,6 +5,7 @@ inherits the platform and the compile cache.
 """
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -27,15 +28,17 @@ from maxlm.sharding import MeshConfig, make_mesh
 
 @pytest.fixture(scope='session')
 def mesh_of():
-  """mesh_of(n_devices, tensor=2, …): a context in which that mesh is the current one; it yields the mesh.
+  """A context in which a mesh of fake devices is the current one; it yields the mesh.
 
-  fsdp takes the devices that the named axes leave, unless it is named too. mesh_of(1): one device, nothing is split.
+  mesh_of(data=2, tensor=2): four devices, as many as the sizes say. mesh_of(8, tensor=2): eight, the rest along fsdp.
+  mesh_of(1): one device, nothing is split.
   """
 
   @contextlib.contextmanager
-  def mesh(n_devices: int, **sizes: int):
-    devices = make_mesh(MeshConfig(**sizes), jax.devices()[:n_devices])
-    with jax.set_mesh(devices):
-      yield devices
+  def mesh(n_devices: int | None = None, **sizes: int):
+    devices = jax.devices()[:math.prod(sizes.values()) if n_devices is None else n_devices]
+    current = make_mesh(MeshConfig(**sizes), devices)
+    with jax.set_mesh(current):
+      yield current
 
   return mesh
