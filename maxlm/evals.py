@@ -24,11 +24,13 @@ class EvalConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Score:
-  """Sums over held-out rows of one source. loss is nats a token; a byte is one of the UTF-8 text."""
+  """Sums over held-out rows of one source. loss is nats a token; a byte is one of the UTF-8 text; a hit is a token that was
+  the likeliest one (None: not counted)."""
 
   nats: float
   tokens: int
   bytes: int
+  hits: int | None = None
 
   @property
   def loss(self) -> float:
@@ -38,11 +40,15 @@ class Score:
   def bits_per_byte(self) -> float:
     return self.nats / math.log(2) / self.bytes
 
+  @property
+  def accuracy(self) -> float | None:
+    return None if self.hits is None else self.hits / self.tokens
+
 
 def evaluate(score, params: Decoder, corpus: loader.Corpus, rows: int, batch_size: int) -> dict[str, Score]:
   """Score of each source on up to `rows` of its held-out rows, always the same ones.
 
-  score: a jitted `step.eval_step` of (params, batch). batch_size: rows at a time, over all hosts.
+  score: a jitted `step.eval_step` of (params, batch); it may count `hits` besides. batch_size: rows at a time, over all hosts.
   """
   host = (jax.process_index(), jax.process_count())
   scores = {}
@@ -52,15 +58,17 @@ def evaluate(score, params: Decoder, corpus: loader.Corpus, rows: int, batch_siz
       target_bytes = corpus.token_bytes[batch['targets']] * (batch['segment_ids'] > 0)
       sums.append(score(params, to_device({**batch, 'target_bytes': target_bytes.astype(np.int32)})))
     if sums:
-      nats, tokens, text_bytes = (sum(float(s[name]) for s in sums) for name in ('nll', 'tokens', 'bytes'))
-      scores[source] = Score(nats=nats, tokens=int(tokens), bytes=int(text_bytes))
+      added = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+      scores[source] = Score(nats=added['nll'], tokens=int(added['tokens']), bytes=int(added['bytes']),
+                             hits=int(added['hits']) if 'hits' in added else None)
   return scores
 
 
 def total(scores: dict[str, Score]) -> Score:
   """All sources together."""
-  return Score(nats=sum(s.nats for s in scores.values()), tokens=sum(s.tokens for s in scores.values()),
-               bytes=sum(s.bytes for s in scores.values()))
+  parts = list(scores.values())
+  hits = None if any(s.hits is None for s in parts) else sum(s.hits for s in parts)
+  return Score(nats=sum(s.nats for s in parts), tokens=sum(s.tokens for s in parts), bytes=sum(s.bytes for s in parts), hits=hits)
 
 
 def baselines(corpus: loader.Corpus, rows: int, train_rows: int = 2048) -> dict[str, dict[str, float]]:

@@ -1,0 +1,79 @@
+"""Held-out scores of a checkpoint: `python -m maxlm.evaluate --checkpoint=WORKDIR[@STEP] [--data=CORPUS]`.
+
+For each source of a corpus: loss (nats a token), bits per byte of its text, and how often the likeliest token is the right one.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+
+from data_pipeline import loader
+from maxlm import flags
+from maxlm.data import to_device
+from maxlm.evals import evaluate, total
+from maxlm.load import Model, load
+from maxlm.sharding import axis_size, spec
+from maxlm.step import eval_step
+
+CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'WORKDIR of a run (its newest checkpoint) or WORKDIR@STEP')
+DATA = flags.DEFINE_string('data', '', 'a corpus directory made by data_pipeline.build (default: the one the run was trained on)')
+ROWS = flags.DEFINE_integer('rows', 256, 'held-out rows of each source, at most')
+BATCH = flags.DEFINE_integer('batch_size', 8, 'rows at a time')
+AS_JSON = flags.DEFINE_bool('json', False, 'one JSON object instead of a table')
+
+HEAD_TOKENS = 64  # positions whose logits are held at a time, to find the likeliest token
+
+
+def main() -> int:
+  if not CHECKPOINT.value:
+    raise ValueError('give --checkpoint=WORKDIR of a run, such as --checkpoint=runs/quickstart')
+  if ROWS.value < 1 or BATCH.value < 1:
+    raise ValueError(f'--rows={ROWS.value} and --batch_size={BATCH.value} must be at least 1')
+  model = load(CHECKPOINT.value)
+  corpus = loader.open_corpus(DATA.value or model.config.data.corpus, model.config.data.seq_len)
+  if corpus.tokenizer_path.read_text() != model.tokenizer_text:
+    raise ValueError(f'{corpus.directory} was made with another tokenizer than the model in {CHECKPOINT.value}: build the corpus '
+                     'with the tokenizer in that workdir')
+  scores = evaluate(jax.jit(functools.partial(score, model)), model.params, corpus, ROWS.value, BATCH.value + -BATCH.value % axis_size('B'))
+  scores |= {'all': total(scores)}
+  if AS_JSON.value:
+    print(json.dumps({'step': model.step, 'sources': {source: {
+      'loss': s.loss, 'bits_per_byte': s.bits_per_byte, 'accuracy': s.accuracy, 'tokens': s.tokens, 'bytes': s.bytes}
+      for source, s in scores.items()}}))
+  else:
+    print(f'{"step " + str(model.step):24}{"loss":>9}{"bits/byte":>11}{"accuracy":>10}{"tokens":>10}')
+    for source, s in scores.items():
+      print(f'{source:24}{s.loss:9.4f}{s.bits_per_byte:11.4f}{s.accuracy:10.1%}{s.tokens:10,}')
+  return 0
+
+
+def score(model: Model, params, batch: dict) -> dict[str, jax.Array]:
+  """What `step.eval_step` gives, and the number of tokens that were the likeliest."""
+  config = model.config.step_config(jax.default_backend(), 1)
+  config.compute = model.compute
+  return {**eval_step(config, params, batch), 'hits': hits(model, params, batch)}
+
+
+def hits(model: Model, params, batch: dict) -> jax.Array:
+  """Real positions whose target is the token with the highest logit, a few positions of every row at a time."""
+  x_BTD = params.hidden(model.config.model, model.compute, batch['tokens'], batch['segment_ids'], batch['positions'])
+  T = batch['targets'].shape[1]
+  chunk = next(n for n in range(min(HEAD_TOKENS, T), 0, -1) if T % n == 0)
+
+  def chunks(array):
+    array = jax.reshard(array, jax.P(*spec('B'), *(None,) * (array.ndim - 1)))
+    split = array.reshape(array.shape[0], T // chunk, chunk, *array.shape[2:])
+    return jnp.moveaxis(split, 1, 0)
+
+  def count(part):
+    x_BMD, targets_BM, ids_BM = part
+    likeliest_BM = jnp.argmax(jax.reshard(params.logits(model.config.model, x_BMD), jax.P(*spec('B'), None, None)), axis=-1)
+    return jnp.sum((likeliest_BM == targets_BM) & (ids_BM > 0))
+
+  return jnp.sum(jax.lax.map(count, (chunks(x_BTD), chunks(batch['targets']), chunks(batch['segment_ids']))))
+
+
+if __name__ == '__main__':
+  flags.run(main)
