@@ -13,19 +13,20 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
-import json
 import pathlib
 import platform
 import shutil
 import sys
 import time
 
-from data_pipeline import documents, pack, recipe as recipes, rows, selection, shards, tokenizer
+from data_pipeline import documents, pack, rows, selection, shards, tokenizer
+from data_pipeline import recipe as recipes
 from data_pipeline.recipe import Recipe, SourceUnavailable, load_recipe
 from data_pipeline.runners import LocalRunner
 from data_pipeline.sources import text
 
-__all__ = ['build', 'load_recipe', 'main']
+_LIBRARIES = ('array-record', 'pyarrow', 'resiliparse', 'tokenizers')  # whose versions a manifest names
+_BEFORE = '    done before'
 
 
 def build(recipe: Recipe, out, *, workers: int | None = None) -> pathlib.Path:
@@ -52,8 +53,10 @@ def _build_or_fall_back(recipe: Recipe, root: pathlib.Path, runner: LocalRunner)
   try:
     _Build(recipe, root, runner).run()
   except SourceUnavailable as error:
-    if recipe.fallback is None or _manifest_of(root) is not None:  # a corpus from better days is not replaced by a lesser one
+    if recipe.fallback is None:
       raise
+    if _manifest_of(root) is not None:  # a lesser corpus does not take the place of a good one
+      raise SourceUnavailable(f'{error}; the corpus in {root} is left as it was') from error
     _say(f'notice: {error}\nnotice: building {recipe.fallback.name!r} instead of {recipe.name!r}')
     _Build(recipe.fallback, root, runner).run()
 
@@ -65,19 +68,17 @@ class _Build:
     self.recipe, self.root, self.runner = recipe, root, runner
     self.key = _corpus_key(recipe)
     self.old = _manifest_of(root)
-    known = self.old['seq_lens'] if self.old and self.old['key'] == self.key else ()
-    self.seq_lens = sorted({*recipe.seq_lens, *known})
+    self.seq_lens = sorted({*recipe.seq_lens, *(self.old['seq_lens'] if self.old else ())})
     self.records_used = set()
 
   def run(self) -> None:
     started = time.monotonic()
-    _say(f'building corpus {self.recipe.name!r} in {self.root}, {self.runner.workers} processes')
+    _say(f'building corpus {self.recipe.name!r} in {self.root}, processes: {self.runner.workers}')
     sources = self._documents()
-    chosen = self._selection(sources)
-    vocabulary = self._tokenizer(sources, chosen)
-    packed = [shard for seq_len in self.seq_lens for shard in self._rows(sources, chosen, vocabulary, seq_len)]
-    if not any(shard['split'] == selection.TRAIN for shard in packed):
-      raise ValueError(f'recipe {self.recipe.name}: no document is left to train on; {self.root}/selection has the verdicts')
+    units = [unit for source in sources for unit in source['units']]
+    chosen = self._selection(units)
+    vocabulary = self._tokenizer(units, chosen)
+    packed = [shard for seq_len in self.seq_lens for shard in self._rows(units, chosen, vocabulary, seq_len)]
     manifest = self._manifest(sources, chosen, vocabulary, packed)
     shards.write_json(self.root / 'manifest.json', manifest)
     keep = {file['path'] for file in manifest['files']} | {f'build/{name}.json' for name in self.records_used}
@@ -91,6 +92,8 @@ class _Build:
   def _run_tasks(self, function, tasks: list[tuple]) -> list[dict]:
     """Records of tasks (name, key, *arguments), in order; those not yet recorded are run as function(root, *task)."""
     todo = [(self.root, *task) for task in tasks if self._recorded(*task[:2]) is None]
+    if todo:
+      self._retire_manifest()
     told = time.monotonic()
     for done, _ in enumerate(self.runner.run(function, todo), 1):
       if time.monotonic() - told > 5:
@@ -99,32 +102,31 @@ class _Build:
     return [shards.read_record(self.root, *task[:2]) for task in tasks]
 
   def _documents(self) -> list[dict]:
-    """Stage 1: a record a source, with its units (shards of documents)."""
+    """Stage 1: a record a source, with its units (shards of documents). Nothing is fetched for what is recorded."""
     _say('1/4 documents')
-    started = time.monotonic()
+    started, tasks = time.monotonic(), []
     keys = {source.name: _source_key(source) for source in self.recipe.sources}
-    missing = [source for source in self.recipe.sources if self._recorded(f'documents-{source.name}', keys[source.name]) is None]
+    missing = [source for source in self.recipe.sources
+               if self._recorded(f'documents-{source.name}', keys[source.name]) is None]
     with _scratch(self.root) as scratch:
-      inputs = {source.name: source.fetch(scratch) for source in missing}
-      if missing:
-        self._retire_manifest()
-      tasks = {source.name: [(f'documents-{source.name}-{i:05d}', shards.key_of(keys[source.name], unit.lineage), source, unit,
-                              f'documents/{source.name}/{i:05d}-of-{len(inputs[source.name]):05d}.parquet')
-                             for i, unit in enumerate(inputs[source.name])] for source in missing}
-      self._run_tasks(documents.write_shard, [task for group in tasks.values() for task in group])
-    for name, group in tasks.items():
-      units = [shards.read_record(self.root, *task[:2]) for task in group]
-      shards.write_record(self.root, f'documents-{name}', keys[name], [file for unit in units for file in unit['files']],
-                          units=units)
+      for source in missing:
+        inputs = source.fetch(scratch)
+        for i, unit in enumerate(inputs):
+          path = f'documents/{source.name}/{i:05d}-of-{len(inputs):05d}.parquet'
+          key = shards.key_of(keys[source.name], path, unit.lineage)
+          tasks.append((f'documents-{source.name}-{i:05d}', key, source, unit, path))
+      written = self._run_tasks(documents.write_shard, tasks)
+    for source in missing:
+      units = [record for record in written if record['source'] == source.name]
+      shards.write_record(self.root, f'documents-{source.name}', keys[source.name],
+                          [file for unit in units for file in unit['files']], source=source.name, units=units)
     records = [self._recorded(f'documents-{source.name}', keys[source.name]) for source in self.recipe.sources]
-    for source, record in zip(self.recipe.sources, records):
+    for record in records:
       units = record['units']
       origin = units[0]['lineage'] + (f' and {len(units) - 1} more' if len(units) > 1 else '')
-      _say(f'    {source.name:20} {_total(units, "documents"):9,} documents {_total(units, "bytes") / 1e6:9.2f} MB'
-           f'   {origin}{"" if source in missing else " (done before)"}')
-    if missing:
-      read = sum(_total(record['units'], 'bytes') for source, record in zip(self.recipe.sources, records) if source in missing)
-      _say(f'    {_rate(read / 1e6, "MB of text", time.monotonic() - started)}')
+      _say(f'    {record["source"]:20} {_total(units, "documents"):9,} documents {_total(units, "bytes") / 1e6:9.2f} MB'
+           f'   {origin}')
+    _say(f'    {_rate(_total(written, "bytes") / 1e6, "MB of text", time.monotonic() - started)}' if missing else _BEFORE)
     return records
 
   def _retire_manifest(self) -> None:
@@ -132,50 +134,50 @@ class _Build:
     if self.old is not None and self.old['key'] != self.key:
       _say('    the recipe, its inputs or the program changed: rebuilding what they touch')
       (self.root / 'manifest.json').unlink(missing_ok=True)
+      self.old = None
 
-  def _selection(self, sources: list[dict]) -> dict:
+  def _selection(self, units: list[dict]) -> dict:
     """Stage 2: the record of all verdicts."""
-    recipe, units = self.recipe, [unit for source in sources for unit in source['units']]
+    recipe, paths = self.recipe, [unit['files'][0]['path'] for unit in units]
     key = shards.key_of(_hashes(units), recipe.min_bytes, recipe.validation_fraction, shards.code_of(selection))
     record = self._recorded('selection', key)
     if record is None:
       self._retire_manifest()
-      record = selection.select(self.root, [unit['files'][0]['path'] for unit in units], 'selection', key,
-                                min_bytes=recipe.min_bytes, validation_fraction=recipe.validation_fraction)
+      record = selection.select(self.root, paths, 'selection', key, min_bytes=recipe.min_bytes,
+                                validation_fraction=recipe.validation_fraction)
     counts = {verdict: _total(record['counts'], verdict) for verdict in selection.VERDICTS}
-    _say(f'2/4 selection\n    {counts["train"]:,} train, {counts["validation"]:,} validation; dropped {counts["duplicate"]:,} '
-         f'exact duplicates and {counts["short"]:,} shorter than {recipe.min_bytes} bytes')
+    _say(f'2/4 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out; dropped '
+         f'{counts["duplicate"]:,} exact duplicates and {counts["short"]:,} shorter than {recipe.min_bytes} bytes')
+    if not counts['train']:
+      raise ValueError(f'recipe {recipe.name}: no document is left to train on: see {self.root / "selection"}')
     return record
 
-  def _tokenizer(self, sources: list[dict], chosen: dict) -> dict:
+  def _tokenizer(self, units: list[dict], chosen: dict) -> dict:
     """Stage 3: the record of the tokenizer."""
-    units = [unit for source in sources for unit in source['units']]
-    key = shards.key_of(_hashes(units), _hashes([chosen]), self.recipe.vocab_size, shards.code_of(tokenizer))
-    record, started = self._recorded('tokenizer', key), time.monotonic()
     _say('3/4 tokenizer')
-    if record is None:
+    size, started = self.recipe.vocab_size, time.monotonic()
+    key = shards.key_of(_hashes(units), _hashes([chosen]), size, shards.code_of(tokenizer, selection))
+    record = self._recorded('tokenizer', key)
+    done_before = record is not None
+    if not done_before:
       self._retire_manifest()
-      record = tokenizer.train(self.root, [unit['files'][0]['path'] for unit in units], 'tokenizer', key,
-                               vocab_size=self.recipe.vocab_size)
-      _say(f'    {_rate(record["trained_on"] / 1e6, "MB of text", time.monotonic() - started)}')
-    fewer = '' if record['vocab_size'] == self.recipe.vocab_size else f' (not {self.recipe.vocab_size:,}: the text is too small)'
+      texts = (text for unit in units for text in selection.read_split(self.root, unit['files'][0]['path'], 'train'))
+      record = tokenizer.train(self.root, texts, 'tokenizer', key, vocab_size=size)
+    fewer = f', not {size:,}: the text has no more pairs to merge' if record['vocab_size'] < size else ''
     _say(f'    {record["vocab_size"]:,} tokens{fewer}')
+    _say(_BEFORE if done_before else f'    in {time.monotonic() - started:.1f} s')
     return record
 
-  def _rows(self, sources: list[dict], chosen: dict, vocabulary: dict, seq_len: int) -> list[dict]:
+  def _rows(self, units: list[dict], chosen: dict, vocabulary: dict, seq_len: int) -> list[dict]:
     """Stage 4: shards of rows of one length."""
     _say(f'4/4 rows of {seq_len}')
-    started, tasks = time.monotonic(), []
-    code = shards.code_of(pack, rows, tokenizer)
-    verdicts = iter(chosen['files'])
-    for source, record in zip(self.recipe.sources, sources):
-      for i, unit in enumerate(record['units']):
-        key = shards.key_of(_hashes([unit]), next(verdicts)['xxh3'], vocabulary['sha256'], seq_len, code)
-        tasks.append((f'rows-{seq_len}-{source.name}-{i:05d}', key, source.name, unit['files'][0]['path'], seq_len))
-    if done_before := all(self._recorded(*task[:2]) for task in tasks):
-      _say('    done before')
-    else:
-      self._retire_manifest()
+    started, code = time.monotonic(), shards.code_of(pack, rows, tokenizer, selection)
+    tasks = []
+    for unit, verdicts in zip(units, chosen['files']):
+      key = shards.key_of(_hashes([unit]), verdicts['xxh3'], vocabulary['sha256'], seq_len, code)
+      path = unit['files'][0]['path']
+      tasks.append((f'rows-{seq_len}-{unit["source"]}-{len(tasks):05d}', key, unit['source'], path, seq_len))
+    done_before = all(self._recorded(*task[:2]) for task in tasks)
     written = [shard for record in self._run_tasks(rows.write_shards, tasks) for shard in record['shards']]
     for source in self.recipe.sources:
       for split in (selection.TRAIN, selection.VALIDATION):
@@ -183,8 +185,8 @@ class _Build:
           fill = _total(mine, 'tokens') / _total(mine, 'rows') / seq_len
           _say(f'    {source.name:20} {split:10} {_total(mine, "rows"):9,} rows {_total(mine, "tokens"):12,} tokens'
                f'   {fill:.2%} full')
-    if not done_before:
-      _say(f'    {_rate(_total(written, "tokens") / 1e6, "M tokens", time.monotonic() - started)}')
+    _say(_BEFORE if done_before else
+         f'    {_rate(_total(written, "tokens") / 1e6, "M tokens", time.monotonic() - started)}')
     return written
 
   def _manifest(self, sources: list[dict], chosen: dict, vocabulary: dict, packed: list[dict]) -> dict:
@@ -204,8 +206,7 @@ class _Build:
       'format': shards.FORMAT, 'key': self.key, 'recipe': recipes.describe(self.recipe), 'seq_lens': self.seq_lens,
       'vocab_size': vocabulary['vocab_size'], 'eot': vocabulary['eot'], 'tokenizer_sha256': vocabulary['sha256'],
       'sources': per_source, 'rows': packed, 'files': [file for part in parts for file in part['files']] + row_files,
-      'made_with': {'python': platform.python_version(), **{
-        package: importlib.metadata.version(package) for package in ('resiliparse', 'tokenizers', 'pyarrow', 'array-record')}}}
+      'made_with': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in _LIBRARIES}}}
 
 
 def _corpus_key(recipe: Recipe) -> str:
@@ -299,13 +300,12 @@ def _say(line: str) -> None:
 def _parse(argv) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog='python -m data_pipeline.build', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--recipe', required=True, help='a name in data_pipeline/recipes (quickstart) or the path of a .py file, '
-                      'with :ARG for get_recipe(ARG): quickstart:python')
+  parser.add_argument('--recipe', required=True, help='a name in data_pipeline/recipes (quickstart) or the path of a '
+                      '.py file, with :ARG for get_recipe(ARG): quickstart:python')
   parser.add_argument('--out', required=True, type=pathlib.Path, help='directory of the corpus: new, empty, or built before')
   parser.add_argument('--seq_lens', help="row lengths to pack, e.g. 512 or 512,4096 (default: the recipe's); "
                       'lengths that the corpus already has are kept')
   parser.add_argument('--workers', type=int, help='processes (default: one a core)')
-  parser.add_argument('--runner', choices=['local'], default='local', help='where the work is done')
   return parser.parse_args(argv)
 
 
@@ -317,8 +317,11 @@ def main(argv=None) -> int:
       recipe = dataclasses.replace(recipe, seq_lens=_parse_lengths(arguments.seq_lens))
     build(recipe, arguments.out, workers=arguments.workers)
   except (ValueError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
+    _say(f'error: {(isinstance(error, OSError) and not error.filename and error.strerror) or error}')
     return 1
+  except KeyboardInterrupt:
+    _say('interrupted: run the same command again to go on')
+    return 130
   return 0
 
 

@@ -32,5 +32,5 @@ def write_shard(root: pathlib.Path, record_name: str, key: str, source: Source, 
           batch = []
       writer.write_table(pa.Table.from_pylist(batch, _SCHEMA))
   return shards.write_record(root, record_name, key, [shards.entry(root, path)],
-                             lineage=unit.lineage, documents=n_documents, bytes=n_bytes)
+                             source=source.name, lineage=unit.lineage, documents=n_documents, bytes=n_bytes)
 

@@ -84,8 +84,9 @@ def _check_files(directory: pathlib.Path, tokenizer_sha256: str, entries: list[d
                      'put the old file back or build the corpus again')
   for entry in entries:
     if entry['tokenizer_sha256'] != tokenizer_sha256:
-      raise ValueError(f'{directory / entry["path"]} was made with another tokenizer (sha256 {entry["tokenizer_sha256"][:12]}…, '
-                       f'the corpus has {tokenizer_sha256[:12]}…): build the corpus again')
+      raise ValueError(f'{directory / entry["path"]} was made with another tokenizer (sha256 '
+                       f'{entry["tokenizer_sha256"][:12]}…) than the corpus has ({tokenizer_sha256[:12]}…): '
+                       'build the corpus again')
     if not shards.is_there(directory, entry):
       raise FileNotFoundError(f'{directory / entry["path"]} is missing or not {entry["bytes"]:,} bytes long: '
                               'build the corpus again')
@@ -132,8 +133,8 @@ class _HostBatches:
       raise ValueError(f'cursor={cursor}: the next global row is 0 or more')
     unknown = [name for name in schedule.sources if name not in corpus.sources]
     if unknown:
-      raise ValueError(f'the mixture names {", ".join(unknown)}, which the corpus at {corpus.directory} does not have: it has '
-                       f'{", ".join(corpus.sources)}')
+      raise ValueError(f'the mixture names {", ".join(unknown)}, which the corpus at {corpus.directory} does not have: '
+                       f'it has {", ".join(corpus.sources)}')
     self._tables = [corpus.table(name, split) for name in schedule.sources]
     for name, table in zip(schedule.sources, self._tables):
       if not table.n_rows and schedule.draws(name):

@@ -98,7 +98,8 @@ def _check_stage(i: int, rows, weights, *, last: bool) -> None:
   if rows is not None and (not is_int(rows) or rows < 0):
     raise ValueError(f'stage {i} of the mixture has rows={rows!r}: it must be an integer >= 0, or None in the last stage')
   if wrong := {name: weight for name, weight in weights.items() if not is_int(weight) or weight < 0}:
-    raise ValueError(f'stage {i} of the mixture has weights {wrong}: weights are integers >= 0 (e.g. 3 and 1, not 0.75 and 0.25)')
+    raise ValueError(f'stage {i} of the mixture has weights {wrong}: weights are integers >= 0, '
+                     'such as 3 and 1 instead of 0.75 and 0.25')
   total = sum(weights.values())
   if not 0 < total < 1 << 31:
     raise ValueError(f'weights of stage {i} of the mixture add up to {total}: they must add up to 1 … 2^31-1')

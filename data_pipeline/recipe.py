@@ -56,7 +56,8 @@ class Recipe:
     if bad := [name for name in names if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', name)]:
       raise ValueError(f'recipe {self.name}: the source name {bad[0]!r} may hold only letters, digits, ".", "_" and "-"')
     if not 257 <= self.vocab_size < 1 << 31:
-      raise ValueError(f'recipe {self.name}: vocab_size={self.vocab_size} must be at least 257 (256 bytes and the end of text)')
+      raise ValueError(f'recipe {self.name}: vocab_size={self.vocab_size} must be at least 257: '
+                       '256 bytes and the end of text')
     if not self.seq_lens or min(self.seq_lens) < 2:
       raise ValueError(f'recipe {self.name}: seq_lens={self.seq_lens} must name at least one row length, each at least 2')
     if not 0 <= self.validation_fraction < 1:
@@ -89,6 +90,9 @@ def load_recipe(path_or_name: str) -> Recipe:
   recipe = module.get_recipe(argument) if argument else module.get_recipe()
   if not isinstance(recipe, Recipe):
     raise ValueError(f'get_recipe() of {path} returned a {type(recipe).__name__}, not a data_pipeline.recipe.Recipe')
+  if mine := [source for source in recipe.sources if type(source).__module__ == module.__name__]:
+    raise ValueError(f'{path} defines the source class {type(mine[0]).__name__} itself: put it in a module that Python can '
+                     'import, where worker processes find it')
   recipe.validate()
   return recipe
 

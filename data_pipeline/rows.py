@@ -15,7 +15,7 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, source: str, do
   relative = pathlib.Path(documents).relative_to('documents')
   tokenizer_sha256, files, written = shards.sha256_file(root / 'tokenizer.json'), [], []
   for split in (selection.TRAIN, selection.VALIDATION):
-    texts = list(tokenizer.read_split(root, documents, split))
+    texts = list(selection.read_split(root, documents, split))
     if not texts:
       continue
     pieces = pack.cut(list(tokenizer.encode(encoder, texts)), eot, seq_len)

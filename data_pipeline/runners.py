@@ -6,6 +6,7 @@ Every task commits its own shard, so a runner keeps no state: after any death a 
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures.process import BrokenProcessPool
 
@@ -19,7 +20,7 @@ class LocalRunner:
     self.workers = workers or os.cpu_count() or 1
 
   def run(self, function, tasks: list[tuple]):
-    """Yields function(*task) as tasks finish. The first error ends the run: tasks that have begun finish, no other begins."""
+    """Yields function(*task) as tasks finish. After an error tasks that have begun finish and no other begins."""
     n_workers = min(self.workers, len(tasks))
     if n_workers <= 1:
       for task in tasks:
@@ -27,7 +28,7 @@ class LocalRunner:
       return
     # Not fork: the caller may hold JAX and its threads.
     context = multiprocessing.get_context('forkserver')
-    with concurrent.futures.ProcessPoolExecutor(n_workers, context, initializer=_end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(n_workers, context, _start_worker, (n_workers,)) as pool:
       futures = [pool.submit(function, *task) for task in tasks]
       try:
         for future in concurrent.futures.as_completed(futures):
@@ -39,12 +40,15 @@ class LocalRunner:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-  """A worker whose parent was killed would wait for tasks for ever: it watches the parent and ends."""
+def _start_worker(n_workers: int) -> None:
+  """What a worker is told before its first task."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets running tasks finish
+  # Threads of the Rust libraries: two a worker, so that the last tasks of a stage have the cores to themselves.
+  os.environ['RAYON_NUM_THREADS'] = str(max(1, 2 * (os.cpu_count() or 1) // n_workers))
   parent = multiprocessing.parent_process()
 
-  def watch():
+  def end_with_parent():  # a worker whose parent was killed would wait for tasks for ever
     parent.join()
     os._exit(1)
 
-  threading.Thread(target=watch, daemon=True).start()
+  threading.Thread(target=end_with_parent, daemon=True).start()

@@ -6,6 +6,7 @@ dropped can be looked at. Of exact duplicates the first is kept, in the order of
 
 import collections
 import pathlib
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,20 +26,33 @@ def select(root: pathlib.Path, documents: list[str], record_name: str, key: str,
   """Commits a verdict for every document of these shards; returns the record, with counts a shard."""
   seen, files, counts = set(), [], []
   for name in documents:
-    table = pq.read_table(root / name, columns=['id', 'text'])
-    verdicts = []
-    for document_id, text in zip(table['id'].to_pylist(), table['text'].to_pylist()):
-      if len(text.encode()) < min_bytes:
-        verdict = SHORT
-      elif document_id in seen:
-        verdict = DUPLICATE
-      else:
-        verdict = split_of(document_id, validation_fraction)
-      seen.add(document_id)
-      verdicts.append(verdict)
-    path = root / 'selection' / pathlib.Path(name).relative_to('documents')
+    ids, verdicts = [], []
+    for batch in pq.ParquetFile(root / name).iter_batches(columns=['id', 'text']):
+      for document_id, text in zip(batch['id'].to_pylist(), batch['text'].to_pylist()):
+        if len(text.encode()) < min_bytes:
+          verdict = SHORT
+        elif document_id in seen:
+          verdict = DUPLICATE
+        else:
+          verdict = split_of(document_id, validation_fraction)
+        seen.add(document_id)
+        ids.append(document_id)
+        verdicts.append(verdict)
+    path = _verdicts_of(root, name)
     with shards.committed(path) as temporary:
-      pq.write_table(pa.table({'id': table['id'], 'verdict': verdicts}), temporary, compression='zstd')
+      table = pa.table({'id': pa.array(ids, pa.string()), 'verdict': pa.array(verdicts, pa.string())})
+      pq.write_table(table, temporary, compression='zstd')
     files.append(shards.entry(root, path))
     counts.append(dict(collections.Counter(verdicts)))
   return shards.write_record(root, record_name, key, files, counts=counts)
+
+
+def read_split(root: pathlib.Path, documents: str, split: str) -> Iterator[str]:
+  """The texts of one shard of documents whose verdict is `split`, in order."""
+  verdicts = iter(pq.read_table(_verdicts_of(root, documents), columns=['verdict'])['verdict'].to_pylist())
+  for batch in pq.ParquetFile(root / documents).iter_batches(columns=['text']):
+    yield from (text.as_py() for text in batch['text'] if next(verdicts) == split)
+
+
+def _verdicts_of(root: pathlib.Path, documents: str) -> pathlib.Path:
+  return root / 'selection' / pathlib.PurePosixPath(documents).relative_to('documents')

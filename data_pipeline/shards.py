@@ -16,7 +16,6 @@ import os
 import pathlib
 import sys
 
-import xxhash
 from array_record.python import array_record_module
 
 from data_pipeline import pack
@@ -55,6 +54,7 @@ def entry(root: pathlib.Path, path: pathlib.Path) -> dict:
 
 
 def hash_file(path: pathlib.Path) -> str:
+  import xxhash  # training opens a corpus without it
   digest = xxhash.xxh3_128()
   with open(path, 'rb') as file:
     while block := file.read(1 << 22):

@@ -6,8 +6,9 @@ until it is inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domai
 these lines for ever: change them and every run shuffles differently.
 """
 
+import hashlib
+
 import numpy as np
-import xxhash
 
 _ROUNDS = 8
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -23,7 +24,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
 
 def key_of(seed: int, name: str) -> int:
   """The 64-bit key of a seed and of what is shuffled with it."""
-  return xxhash.xxh3_64_intdigest(f'{seed}/{name}'.encode())
+  return int.from_bytes(hashlib.sha256(f'{seed}/{name}'.encode()).digest()[:8], 'little')
 
 
 @np.errstate(over='ignore')

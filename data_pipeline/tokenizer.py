@@ -5,30 +5,22 @@ merges is that of GPT-4 (OpenAI's cl100k_base) with each digit apart, so that nu
 """
 
 import pathlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-import pyarrow.parquet as pq
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_pipeline import selection, shards
+from data_pipeline import shards
 
 END_OF_TEXT = '<|endoftext|>'
-_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_DOCUMENTS_A_CALL = 256
+_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r'|\s*[\r\n]+|\s+(?!\S)|\s+')
+_TEXTS_A_CALL = 256
 
 
-def read_split(root: pathlib.Path, documents: str, split: str):
-  """Yields the texts of one shard of documents whose verdict is `split`, in order."""
-  verdicts = pq.read_table(root / 'selection' / pathlib.Path(documents).relative_to('documents'), columns=['verdict'])
-  texts = pq.read_table(root / documents, columns=['text'])['text']
-  for text, verdict in zip(texts, verdicts['verdict']):
-    if verdict.as_py() == split:
-      yield text.as_py()
-
-
-def train(root: pathlib.Path, documents: list[str], record_name: str, key: str, *, vocab_size: int) -> dict:
-  """Trains on the training split of these shards, commits root/tokenizer.json, returns the record. Deterministic."""
+def train(root: pathlib.Path, texts: Iterable[str], record_name: str, key: str, *, vocab_size: int) -> dict:
+  """Trains on these texts, commits root/tokenizer.json, returns the record. The same texts give the same bytes."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
     pre_tokenizers.Split(tokenizers.Regex(_PATTERN), behavior='isolated'),
@@ -36,21 +28,12 @@ def train(root: pathlib.Path, documents: list[str], record_name: str, key: str, 
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
                                 initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-  trained_on = 0
-
-  def texts():
-    nonlocal trained_on
-    for name in documents:
-      for text in read_split(root, name, selection.TRAIN):
-        trained_on += len(text.encode())
-        yield text
-
-  tokenizer.train_from_iterator(texts(), trainer)
-  with shards.committed(root / 'tokenizer.json') as temporary:
+  tokenizer.train_from_iterator(texts, trainer)
+  path = root / 'tokenizer.json'
+  with shards.committed(path) as temporary:
     temporary.write_text(tokenizer.to_str(pretty=True) + '\n', encoding='utf-8')
-  return shards.write_record(root, record_name, key, [shards.entry(root, root / 'tokenizer.json')],
-                             trained_on=trained_on, vocab_size=tokenizer.get_vocab_size(), eot=tokenizer.token_to_id(END_OF_TEXT),
-                             sha256=shards.sha256_file(root / 'tokenizer.json'))
+  return shards.write_record(root, record_name, key, [shards.entry(root, path)], sha256=shards.sha256_file(path),
+                             vocab_size=tokenizer.get_vocab_size(), eot=tokenizer.token_to_id(END_OF_TEXT))
 
 
 def load(path: pathlib.Path) -> tokenizers.Tokenizer:
@@ -60,15 +43,11 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def encode(tokenizer: tokenizers.Tokenizer, texts):
-  """Yields int32 [n] token ids of each text, without the end of text."""
-  batch = []
-  for text in texts:
-    batch.append(text)
-    if len(batch) == _DOCUMENTS_A_CALL:
-      yield from (np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(batch))
-      batch = []
-  yield from (np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(batch))
+def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+  """Token ids of each text, int32 [n], without the end of text."""
+  for start in range(0, len(texts), _TEXTS_A_CALL):
+    for encoding in tokenizer.encode_batch_fast(texts[start:start + _TEXTS_A_CALL]):
+      yield np.array(encoding.ids, np.int32)
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:

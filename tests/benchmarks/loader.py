@@ -1,4 +1,7 @@
-"""How fast packed rows become batches: `python tests/benchmarks/loader.py CORPUS [--seq_len=256]`, tokens a second and process."""
+"""How fast packed rows become batches, in tokens a second of one process.
+
+    python tests/benchmarks/loader.py CORPUS --seq_len=256
+"""
 
 import argparse
 import pathlib
@@ -7,11 +10,11 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from data_pipeline import loader, mixture  # noqa: E402: after the path
+from data_pipeline import loader, mixture
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('corpus')
   parser.add_argument('--seq_len', type=int, default=256)
   parser.add_argument('--seconds', type=float, default=3.0)
