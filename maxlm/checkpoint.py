@@ -59,9 +59,12 @@ class Checkpoints:
   def save(self, step: int, *, params, opt, meta: dict[str, Any]) -> None:
     """Starts to save, and returns when the arrays have left the device; waits for an earlier save to end first.
 
-    OSError with the reason if the earlier save failed, or if this one cannot be started.
+    A step that is committed is not saved again. OSError with the reason if the earlier save failed, or if this one
+    cannot be started.
     """
     self.wait()
+    if step in self.steps():
+      return
     items = {'params': named_leaves(params), 'opt': named_leaves(opt), 'meta': meta}
     with self._failures_of(step):
       if self._checkpointer is None:
@@ -193,21 +196,30 @@ def named_leaves(tree) -> dict[str, Any]:
 
 
 def _target(leaf) -> jax.ShapeDtypeStruct:
-  """What Orbax is asked for. A sharding on an abstract mesh (of jax.eval_shape) means the mesh that is set."""
-  sharding = leaf.sharding
-  if isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
-  if sharding is None:
+  """What Orbax is asked for. jax.eval_shape gives a sharding on an abstract mesh, or none: the mesh set is meant."""
+  sharding, mesh = leaf.sharding, jax.sharding.get_mesh()
+  if sharding is None and mesh.empty:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  elif sharding is None:
+    sharding = jax.NamedSharding(mesh, jax.P())
+  elif isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+    sharding = jax.NamedSharding(mesh, sharding.spec)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _check_same_shapes(path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
   for name in [*wanted, *saved]:
-    shapes = [tuple(tree[name].shape) if name in tree else None for tree in (saved, wanted)]
-    if shapes[0] != shapes[1]:
-      there, here = ('absent' if shape is None else f'of shape {shape}' for shape in shapes)
+    there = tuple(saved[name].shape) if name in saved else None
+    here = _stored_shape(wanted[name]) if name in wanted else None
+    if there != here:
+      there, here = ('absent' if shape is None else f'of shape {shape}' for shape in (there, here))
       raise ValueError(f'checkpoint {path} is of another architecture: {name} is {there} there, {here} in this config')
+
+
+def _stored_shape(leaf) -> tuple[int, ...]:
+  """The shape on disk: a random key is stored as the integers it consists of."""
+  is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
 
 
 def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None):
