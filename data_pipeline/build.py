@@ -69,7 +69,7 @@ class _Build:
     self.key = _corpus_key(recipe)
     self.old = _manifest_of(root)
     self.seq_lens = sorted({*recipe.seq_lens, *(self.old['seq_lens'] if self.old else ())})
-    self.records_used = set()
+    self.records_used = set()  # those of single shards of documents only bridge a killed build, and go when it ends
 
   def run(self) -> None:
     started = time.monotonic()
@@ -91,7 +91,7 @@ class _Build:
 
   def _run_tasks(self, function, tasks: list[tuple]) -> list[dict]:
     """Records of tasks (name, key, *arguments), in order; those not yet recorded are run as function(root, *task)."""
-    todo = [(self.root, *task) for task in tasks if self._recorded(*task[:2]) is None]
+    todo = [(self.root, *task) for task in tasks if shards.read_record(self.root, *task[:2]) is None]
     if todo:
       self._retire_manifest()
     told = time.monotonic()
@@ -177,7 +177,7 @@ class _Build:
       key = shards.key_of(_hashes([unit]), verdicts['xxh3'], vocabulary['sha256'], seq_len, code)
       path = unit['files'][0]['path']
       tasks.append((f'rows-{seq_len}-{unit["source"]}-{len(tasks):05d}', key, unit['source'], path, seq_len))
-    done_before = all(self._recorded(*task[:2]) for task in tasks)
+    done_before = None not in [self._recorded(*task[:2]) for task in tasks]
     written = [shard for record in self._run_tasks(rows.write_shards, tasks) for shard in record['shards']]
     for source in self.recipe.sources:
       for split in (selection.TRAIN, selection.VALIDATION):

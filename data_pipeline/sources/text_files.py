@@ -42,8 +42,7 @@ class TextFiles:
         groups, size = [*groups, []], 0
       groups[-1].append(path)
       size += os.stat(path).st_size
-    return [Input(paths=tuple(group), lineage=group[0] if len(group) == 1 else f'{group[0]} … {group[-1]}')
-            for group in groups]
+    return [Input(paths=tuple(group), lineage=f'{len(group)} files of {self.pattern}') for group in groups]
 
   def read(self, unit: Input) -> Iterator[tuple[str, str]]:
     for path in unit.paths:
