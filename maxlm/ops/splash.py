@@ -1,9 +1,9 @@
 """Attention on TPU: an adapter over JAX's own Pallas kernel, `jax.experimental.pallas.ops.tpu.splash_attention`.
 
 The kernel takes one example with heads first, wants the scale of the scores inside q, and by default has tiles of 128,
-several times slower than tiles that fill a chip's memory. Tiles outside the causal band or the window are skipped; segments are
-masked, not skipped. Both residuals bear the name 'attn_out', so a remat policy that saves 'attn_out' and 'attn_lse' saves
-them here too.
+several times slower than tiles that fill a chip's memory. Tiles outside the causal band or the window are skipped;
+segments are masked, not skipped. Both residuals bear the name 'attn_out', so a remat policy that saves 'attn_out' and
+'attn_lse' saves them here too.
 """
 
 import functools

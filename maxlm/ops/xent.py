@@ -33,8 +33,7 @@ def cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weig
 
 def cross_entropy_reference(x_BTD, w_DV, targets_BT, weights_BT, *, softcap=None, z_loss=0.0):
   """The same on one device, all logits at once and differentiated by JAX."""
-  logits_BTV = _capped(jnp.einsum('BTD,DV->BTV', x_BTD, w_DV.astype(x_BTD.dtype),
-                                  preferred_element_type=jnp.float32), softcap)
+  logits_BTV = _capped(_dot('BTD,DV->BTV', x_BTD, w_DV.astype(x_BTD.dtype)), softcap)
   lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
   nll_BT = lse_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
   return jnp.sum(weights_BT * (nll_BT + z_loss * lse_BT**2)), jax.lax.stop_gradient(nll_BT)
@@ -110,10 +109,10 @@ def _over_chunks(w_DV, tokens, softcap, z_loss, chunk, with_gradients):
 
 def _chunk(w_DV, x_CD, target_C, weight_C, softcap, z_loss, with_gradients):
   """Loss, nll and gradients (dx, this device's part of dw) of one chunk. V here is this device's part of it."""
-  logits_CV = _capped(jnp.einsum('CD,DV->CV', x_CD, w_DV, preferred_element_type=jnp.float32), softcap)
+  logits_CV = _capped(_dot('CD,DV->CV', x_CD, w_DV), softcap)
   top_C = jax.lax.pmax(jax.lax.stop_gradient(logits_CV.max(axis=-1)), axes('V'))
   lse_C = top_C + jnp.log(jax.lax.psum(jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1), axes('V')))
-  index_V = jnp.arange(w_DV.shape[1]) + _shard_index('V') * w_DV.shape[1]
+  index_V = jnp.arange(w_DV.shape[1]) + jax.lax.axis_index(axes('V')) * w_DV.shape[1]
   is_target_CV = index_V == target_C[:, None]
   nll_C = lse_C - jax.lax.psum(jnp.where(is_target_CV, logits_CV, 0).sum(axis=-1), axes('V'))
   loss = jnp.sum(weight_C * (nll_C + z_loss * jnp.square(lse_C)))
@@ -124,14 +123,13 @@ def _chunk(w_DV, x_CD, target_C, weight_C, softcap, z_loss, with_gradients):
   if softcap is not None:
     dlogits_CV *= 1 - jnp.square(logits_CV / softcap)
   dlogits_CV = dlogits_CV.astype(x_CD.dtype)
-  dx_CD = jax.lax.psum(jnp.einsum('CV,DV->CD', dlogits_CV, w_DV, preferred_element_type=jnp.float32), axes('V'))
-  return loss, nll_C, (dx_CD.astype(x_CD.dtype), jnp.einsum('CD,CV->DV', x_CD, dlogits_CV, preferred_element_type=jnp.float32))
-
-
-def _shard_index(dims: str) -> jax.Array:
-  """Which part of these letters this device holds."""
-  return jax.lax.axis_index(axes(dims))
+  dx_CD = jax.lax.psum(_dot('CV,DV->CD', dlogits_CV, w_DV), axes('V')).astype(x_CD.dtype)
+  return loss, nll_C, (dx_CD, _dot('CD,CV->DV', x_CD, dlogits_CV))
 
 
 def _capped(logits, softcap):
   return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _dot(dims, x, y):
+  return jnp.einsum(dims, x, y, preferred_element_type=jnp.float32)
