@@ -21,6 +21,7 @@ import ast
 import dataclasses
 import difflib
 import dis
+import functools
 import importlib.util
 import inspect
 import os
@@ -32,13 +33,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
-from absl.flags import DEFINE_bool, DEFINE_enum, DEFINE_float, DEFINE_integer, DEFINE_list, DEFINE_string  # noqa: F401
 from ml_collections.config_flags import config_path
 
 from maxlm import typed_json
 
 OURS = ('__main__', 'maxlm', 'data_pipeline', 'launch', 'configs', 'config')  # packages whose ValueErrors are for users
 WORDS = {'true': True, 'false': False, 'none': None}  # beside Python's spelling
+
+# A name may be defined by several commands: one process can import them all.
+DEFINE_bool, DEFINE_enum, DEFINE_float, DEFINE_integer, DEFINE_list, DEFINE_string = (
+  functools.partial(getattr(flags, f'DEFINE_{kind}'), allow_override=True)
+  for kind in ('bool', 'enum', 'float', 'integer', 'list', 'string'))
 
 
 def run(main: Callable[..., int | None], *, default_config: str | None = None) -> typing.NoReturn:
@@ -156,19 +161,16 @@ def split_args(args: Sequence[str], default: str) -> tuple[str, list[tuple[str, 
 
 def usage(main: Callable, own: Sequence[flags.Flag], config_name: str | None = None, config=None) -> str:
   """The help text: what the command says of itself, its flags, and every key of the config with its value."""
-  module = sys.modules[main.__module__]
-  lines = [inspect.cleandoc(module.__doc__ or ''), '', 'flags:']
   rows = [('--help', 'this text'), ('--traceback', 'show where an error comes from')]
   if config is not None:
     rows.insert(0, (f'--config={config_name}', 'the run: a Python file with get_config(), and :arg for its argument'))
   for flag in own:
     default = '' if flag.default is None else f'={flag.default_as_str.strip(chr(39))}'
     rows.append((f'--{flag.name}{default}', flag.help or ''))
-  lines += _columns(rows)
+  lines = [inspect.cleandoc(sys.modules[main.__module__].__doc__ or ''), '', 'flags:', *_columns(rows)]
   if config is not None:
-    lines += ['', f'keys of {config_name}, each one a flag:', *_columns([
-      (f'--config.{key}={value}', f'({typed_json.type_name(annotation)}) {text}')
-      for key, annotation, value, text in walk(config)])]
+    lines += ['', f'keys of {config_name}, each one a flag (of a list, [0] and where the others differ from it):']
+    lines += _columns(_key_rows(config))
   return '\n'.join(lines)
 
 
@@ -227,8 +229,22 @@ def _parse_plain(command: str, args: list[str], own: Sequence[flags.Flag], *, ha
 def _field_texts(cls: type) -> dict[str, str]:
   """What the docstring of a dataclass says of its fields, each as `name: text`."""
   names = '|'.join(field.name for field in dataclasses.fields(cls))
-  _, *pieces = re.split(rf'\b({names}): ', ' '.join((cls.__doc__ or '').split()))
+  text = ' '.join((cls.__doc__ or '').split())
+  if text.startswith(cls.__name__ + '('):  # what dataclasses write where nobody did
+    return {}
+  _, *pieces = re.split(rf'\b({names}): ', text)
   return {name: text.strip() for name, text in zip(pieces[::2], pieces[1::2], strict=True)}
+
+
+def _key_rows(config) -> list[tuple[str, str]]:
+  """What help shows of each key. The items of a list are much alike: they are shown where they differ from the first."""
+  values = {key: value for key, _, value, _ in walk(config)}
+  rows = []
+  for key, annotation, value, text in walk(config):
+    first = re.sub(r'\[\d+\]', '[0]', key)
+    if key == first or values.get(first) != value:
+      rows.append((f'--config.{key}={value}', f'({typed_json.type_name(annotation)}) {text}'))
+  return rows
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
