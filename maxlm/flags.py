@@ -169,7 +169,7 @@ def usage(main: Callable, own: Sequence[flags.Flag], config_name: str | None = N
     rows.append((f'--{flag.name}{default}', flag.help or ''))
   lines = [inspect.cleandoc(sys.modules[main.__module__].__doc__ or ''), '', 'flags:', *_columns(rows)]
   if config is not None:
-    lines += ['', f'keys of {config_name}, each one a flag (of a list, [0] and where the others differ from it):']
+    lines += ['', 'keys of the config, each one a flag (of a list: [0], and where the others differ from it):']
     lines += _columns(_key_rows(config))
   return '\n'.join(lines)
 
@@ -237,7 +237,7 @@ def _field_texts(cls: type) -> dict[str, str]:
 
 
 def _key_rows(config) -> list[tuple[str, str]]:
-  """What help shows of each key. The items of a list are much alike: they are shown where they differ from the first."""
+  """What help shows of each key. Items of a list are shown where they differ from the first, for most are alike."""
   values = {key: value for key, _, value, _ in walk(config)}
   rows = []
   for key, annotation, value, text in walk(config):

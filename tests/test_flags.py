@@ -228,7 +228,8 @@ def test_traceback_shows_where_an_error_comes_from(run):
 
 def test_help_shows_the_commands_own_flags_and_every_key_with_its_value(run, file):
   absl_flags.DEFINE_string('flag_of_a_library', None, 'none of ours', module_name='library')
-  code, out, err = run('--help', f'--config={file}:y', '--config.model.n_layers=2', '--config.model.pattern[1].kind=plain')
+  overrides = ['--config.model.n_layers=2', '--config.model.pattern[1].kind=plain']
+  code, out, err = run('--help', f'--config={file}:y', *overrides)
   assert (code, err) == (0, '')
   assert out.startswith(__doc__.split('\n')[0])
   lines = [' '.join(line.split()) for line in out.splitlines()]
