@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import shutil
 import subprocess
 import uuid
 from pathlib import Path
@@ -40,7 +41,10 @@ class Checkpoints:
   """The checkpoints in a directory. Every process of the job makes the same calls, from its main thread."""
 
   def __init__(self, directory: str | Path, *, keep_last: int = 3, keep_every: int | None = None):
-    self.directory = epath.Path(directory)
+    if keep_last < 1 or (keep_every is not None and keep_every < 1):
+      raise ValueError(f'checkpoint.keep_last={keep_last} and keep_every={keep_every}: they are at least 1')
+    path = epath.Path(directory)
+    self.directory = path if '://' in str(path) else path.absolute()  # Orbax refuses relative ones
     self._keep_last, self._keep_every = keep_last, keep_every
     self._checkpointer = None  # Orbax's; made by the first save, for it creates the directory
     self._saving = None  # (step, response) of the save in flight
@@ -177,11 +181,17 @@ def lineage(parent: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def code_version() -> str:
-  """The git commit of this code, with '-dirty' if it was changed; the package's version where there is no git."""
-  here = Path(__file__).parent
-  described = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--match='], cwd=here,
-                             capture_output=True, text=True, check=False)
-  return described.stdout.strip() or importlib.metadata.version('maxlm')
+  """The git commit of this code, with '-dirty' if it was changed; outside of a clone, the version of the package."""
+  root = Path(__file__).parents[1]
+  if (root / '.git').exists() and shutil.which('git'):
+    describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    described = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False)
+    if described.returncode == 0:
+      return described.stdout.strip()
+  try:
+    return importlib.metadata.version('maxlm')
+  except importlib.metadata.PackageNotFoundError:
+    return 'unknown'
 
 
 def named_leaves(tree) -> dict[str, Any]:
