@@ -21,6 +21,7 @@ import ast
 import dataclasses
 import difflib
 import dis
+import errno
 import functools
 import importlib.util
 import inspect
@@ -65,7 +66,8 @@ def run(main: Callable[..., int | None], *, default_config: str | None = None) -
   except (ValueError, OSError) as error:
     if '--traceback' in sys.argv or not is_for_user(error):
       raise
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    full = '; free space, then run the same command again' * (getattr(error, 'errno', None) == errno.ENOSPC)
+    print('error:', ' '.join(str(error).split()) + full, file=sys.stderr)
     sys.exit(2)
 
 

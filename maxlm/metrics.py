@@ -25,26 +25,38 @@ class MetricsWriter:
   """Appends to WORKDIR/metrics.jsonl, one JSON object a line: step, time (Unix seconds) and the values.
 
   A value that is not finite is null there, for JSON has no other word. WORKDIR/tensorboard has the same values under
-  the same names. A step is recorded once: what an attempt wrote after the checkpoint it is resumed from is dropped.
+  the same names, ten seconds later at most. A step is recorded once: what an attempt wrote after the checkpoint it is
+  resumed from is dropped. OSError where a file cannot be written.
   """
 
   def __init__(self, workdir: str | Path, *, resumed_from: int | None = None):
     """resumed_from: the step of that checkpoint; None begins anew."""
-    from tensorboardX import SummaryWriter  # here, for what only formats needs neither it nor its second to import
+    # Here, for what only formats lines does not need it. Of tensorboardX only the file: its SummaryWriter writes from a
+    # thread, and when that dies of a full disk, the next values wait for it for ever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    drop_lines_after(workdir / 'metrics.jsonl', -1 if resumed_from is None else resumed_from)
-    self._file = open(workdir / 'metrics.jsonl', 'a', buffering=1, encoding='utf-8')  # a line is out when it is written
-    self._board = SummaryWriter(str(workdir / 'tensorboard'), flush_secs=10, filename_suffix=f'.{time.time_ns()}',
-                                purge_step=0 if resumed_from is None else resumed_from + 1)
+    board, last = Path(workdir) / 'tensorboard', -1 if resumed_from is None else resumed_from
+    board.mkdir(parents=True, exist_ok=True)
+    drop_lines_after(board.parent / 'metrics.jsonl', last)
+    self._file = open(board.parent / 'metrics.jsonl', 'a', buffering=1, encoding='utf-8')
+    self._board = EventsWriter(str(board / 'events'), filename_suffix=f'.{time.time_ns()}')
+    start = SessionLog(status=SessionLog.START)  # TensorBoard hides what came before from this step on
+    self._board.write_event(Event(step=last + 1, wall_time=time.time(), session_log=start))
+    self._synced_at = 0.0
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
     now = time.time()
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     self._file.write(json.dumps({'step': step, 'time': round(now, 3), **finite}, allow_nan=False) + '\n')
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step, walltime=now)
+    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    self._board.write_event(Event(step=step, wall_time=now, summary=Summary(value=scalars)))
+    if now - self._synced_at > 10:
+      self._board.flush()  # with an fsync of milliseconds
+      self._synced_at = now
 
   def close(self) -> None:
     self._file.close()
@@ -52,15 +64,23 @@ class MetricsWriter:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-  """Keeps the whole lines of a metrics.jsonl up to that step: not later ones, nor one that a kill has cut."""
+  """Keeps the lines of a metrics.jsonl up to that step: not later ones, nor what a kill has cut."""
   if not path.exists():
     return
-  lines = path.read_bytes().splitlines(keepends=True)
-  kept = [line for line in lines if line.endswith(b'\n') and json.loads(line)['step'] <= step]
-  if len(kept) < len(lines):
+  text = path.read_bytes()
+  kept = b''.join(line + b'\n' for line in text.split(b'\n') if _step_of(line) <= step)
+  if kept != text:
     partial = path.with_suffix('.partial')
-    partial.write_bytes(b''.join(kept))
+    partial.write_bytes(kept)
     os.replace(partial, path)
+
+
+def _step_of(line: bytes) -> float:
+  """The step of a line of metrics.jsonl; infinity for what is not one."""
+  try:
+    return json.loads(line)['step']
+  except (ValueError, TypeError, KeyError):
+    return math.inf
 
 
 class StepClock:

@@ -137,6 +137,12 @@ def test_what_is_kept_is_the_last_few_and_each_kth(tmp_path, mesh_of):
     assert saved(tmp_path / 'b', steps=range(1, 6), keep_last=2).steps() == [4, 5]
 
 
+@pytest.mark.parametrize('kwargs', [{'keep_last': 0}, {'keep_every': 0}])
+def test_keeping_nothing_is_refused(tmp_path, kwargs):
+  with pytest.raises(ValueError, match='at least 1'):
+    Checkpoints(tmp_path, **kwargs)
+
+
 def test_a_step_without_its_marker_is_not_there(tmp_path, mesh_of):
   with mesh_of(1):
     saved(tmp_path, steps=[1, 2, 3])
@@ -152,6 +158,21 @@ def test_a_step_without_its_marker_is_not_there(tmp_path, mesh_of):
     checkpoints.save(3, params=params, opt=opt, meta={})  # and it is replaced
     checkpoints.close()
     assert bits(checkpoints.restore_params(3, params)) == bits(params)
+
+
+def test_a_directory_may_be_relative(tmp_path, mesh_of, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with mesh_of(1):
+    saved('runs/a/checkpoints')
+    checkpoints, step = checkpoint.find('runs/a')
+    assert bits(checkpoints.restore_params(step, init()[0])) == bits(init(1)[0])
+
+
+def test_the_code_version_is_the_commit():
+  commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+  if not commit:
+    pytest.skip('this is no clone')
+  assert checkpoint.code_version().removesuffix('-dirty') == commit
 
 
 def test_saving_a_committed_step_again_changes_nothing(tmp_path, mesh_of):

@@ -52,12 +52,25 @@ def test_starting_anew_begins_the_record_anew(tmp_path):
   assert [line['step'] for line in record(tmp_path)] == [0, 1]
 
 
-def test_a_line_that_was_cut_is_dropped_and_the_file_stays_valid(tmp_path):
+@pytest.mark.parametrize('cut, steps', [(1, [1, 2, 3, 4]), (9, [1, 2, 4])])
+def test_a_line_that_was_cut_is_dropped_and_the_file_stays_valid(tmp_path, cut, steps):
   write(tmp_path, [1, 2, 3])
   path = tmp_path / 'metrics.jsonl'
-  path.write_bytes(path.read_bytes()[:-9])
+  path.write_bytes(path.read_bytes()[:-cut])  # of one byte, the line is all there
   write(tmp_path, [4], resumed_from=3)
-  assert [line['step'] for line in record(tmp_path)] == [1, 2, 4]
+  assert [line['step'] for line in record(tmp_path)] == steps
+
+
+@pytest.mark.parametrize('which', ['_file', '_board'])
+def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path, which):
+  writer = MetricsWriter(tmp_path)
+  file = {'_file': writer._file, '_board': writer._board._py_recordio_writer._writer}[which]
+  full = os.open('/dev/full', os.O_WRONLY)
+  os.dup2(full, file.fileno())
+  os.close(full)
+  with pytest.raises(OSError, match='No space left'):
+    for step in range(100):
+      writer.write(step, {'loss': 1.0})
 
 
 def test_every_line_written_before_a_kill_is_there(tmp_path):
@@ -88,7 +101,7 @@ def test_tensorboard_has_the_same_names_and_hides_what_was_dropped(tmp_path):
   events = board_events(tmp_path)
   scalars = [(event.step, value.tag) for event in events for value in event.summary.value]
   assert scalars == [(1, 'loss'), (2, 'loss'), (3, 'loss'), (3, 'loss'), (3, 'mfu')]
-  # TensorBoard hides whatever came before a START, from its step on.
+  # From the step of a START on, TensorBoard hides whatever came before it.
   assert [event.step for event in events if event.session_log.status == SessionLog.START] == [0, 3]
 
 
