@@ -137,6 +137,9 @@ def test_bf16_hidden_states_have_an_fp32_loss_and_an_fp32_gradient_of_w(mesh_of)
   with mesh_of(1):
     results = value_and_gradients((half, *rest), chunk=16, z_loss=0.01)
     expected = value_and_gradients((half.astype(np.float32), *rest), reference, z_loss=0.01)
+    program = jax.make_jaxpr(jax.grad(lambda *a: xent.cross_entropy(*a)[0], argnums=(0, 1)))(*place((half, *rest), DIMS))
+  products = [e.outvars[0].aval.dtype for e in equations(program.jaxpr) if e.primitive.name == 'dot_general']
+  assert products == [np.float32] * 3
   assert {name: value.dtype for name, value in results.items()} == dict(
     loss=np.float32, nll=np.float32, x=jnp.bfloat16, w=np.float32)
   assert_close(results, expected, rtol=2e-2)

@@ -5,7 +5,7 @@
   splash     TPU Pallas kernel (`maxlm.ops.splash`)
 
 Token i sees token j iff j <= i, i - j < window, and both are of one segment. Scores and softmax are fp32. A learned
-logit a head may sit in the denominator of the softmax ("sinks", gpt-oss, arXiv:2508.10925 section 2.3).
+logit a head may sit in the denominator of the softmax ("sinks": gpt-oss, arXiv:2508.10925).
 """
 
 import functools
