@@ -14,7 +14,8 @@ def made_up_text(seed: int, words: int) -> str:
   """Words, sentences and paragraphs with digits, accents and line breaks; the same for a seed, always."""
   chance = random.Random(seed)
   vocabulary = [''.join(chance.choices(_SYLLABLES, k=chance.randint(1, 4))) for _ in range(200)]
-  text = [chance.choice(vocabulary) + chance.choices((' ', ', ', '. ', '\n', '\n\n'), (80, 8, 8, 3, 1))[0] for _ in range(words)]
+  ends, weights = (' ', ', ', '. ', '\n', '\n\n'), (80, 8, 8, 3, 1)
+  text = [chance.choice(vocabulary) + chance.choices(ends, weights)[0] for _ in range(words)]
   return ''.join(text).strip()
 
 

@@ -185,7 +185,8 @@ def refused(error, match, function, *arguments, **options):
 
 def test_what_does_not_fit_the_corpus_is_refused(corpus):
   options = dict(seed=0, batch_size=8)
-  refused(ValueError, 'batch of 8 rows cannot be split over 3 hosts', loader.batches, corpus, MIXTURE, host=(0, 3), **options)
+  refused(ValueError, 'batch of 8 rows cannot be split over 3 hosts', loader.batches, corpus, MIXTURE, host=(0, 3),
+          **options)
   refused(ValueError, 'names wiki, which .* it has web, books', loader.batches, corpus,
           MixtureSchedule(stages=((None, {'wiki': 1}),)), **options)
   refused(ValueError, 'cursor=-1', loader.batches, corpus, MIXTURE, cursor=-1, **options)

@@ -10,7 +10,8 @@ from data_pipeline.mixture import MixtureSchedule
 
 WEIGHTS = [{'a': 1}, {'a': 3, 'b': 1}, {'a': 1, 'b': 1, 'c': 1}, {'a': 7, 'b': 2, 'c': 90, 'd': 1, 'e': 13},
            {'a': 6, 'b': 4, 'c': 0}, {'a': 123_456_789, 'b': 98_765, 'c': 1}]
-STAGES = ((7, {'web': 3, 'books': 1}), (0, {'web': 1}), (12, {'books': 1, 'web': 1, 'code': 5}), (None, {'code': 2, 'web': 1}))
+STAGES = ((7, {'web': 3, 'books': 1}), (0, {'web': 1}), (12, {'books': 1, 'web': 1, 'code': 5}),
+          (None, {'code': 2, 'web': 1}))
 
 
 @pytest.mark.parametrize('weights', WEIGHTS)

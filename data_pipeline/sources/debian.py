@@ -29,15 +29,14 @@ class DebianPackage:
     """`apt-get download` into scratch; where the package lists are missing or stale, `apt-get update` into scratch first."""
     if not (shutil.which('apt-get') and shutil.which('dpkg-deb')):
       raise SourceUnavailable(f'the package {self.name} needs apt-get and dpkg-deb, which this machine does not have')
-    folder = scratch / self.name
+    folder, lists = scratch / self.name, scratch / 'lists'
     folder.mkdir(parents=True, exist_ok=True)
-    if _apt(['download', self.name], folder) is not None:
-      lists = scratch / 'lists'
-      (lists / 'partial').mkdir(parents=True, exist_ok=True)
-      options = ['-o', f'Dir::State::Lists={lists}', '-o', 'APT::Sandbox::User=', '-o', f'Dir::Cache={scratch}']
-      refreshed = _apt([*options, 'update'], folder)
-      if (reason := _apt([*options, 'download', self.name], folder)) is not None:
-        raise SourceUnavailable(f'apt-get cannot download the package {self.name}: {reason or refreshed}')
+    (lists / 'partial').mkdir(parents=True, exist_ok=True)
+    if _apt(['download', self.name], folder):
+      own = ['-o', f'Dir::State::Lists={lists}', '-o', f'Dir::Cache={scratch}']
+      update_error = _apt([*own, '-o', 'APT::Update::Error-Mode=any', 'update'], folder)
+      if error := _apt([*own, 'download', self.name], folder):
+        raise SourceUnavailable(f'apt-get cannot download the package {self.name}: {update_error or error}')
     package, = folder.glob('*.deb')
     return [Input(paths=(str(package),), lineage=package.name.replace('%3a', ':'))]
 
@@ -55,14 +54,15 @@ class DebianPackage:
       raise ValueError(f'{unit.lineage} is damaged: dpkg-deb cannot unpack it; run the build again to fetch it anew')
 
 
-def _apt(arguments: list[str], folder: pathlib.Path) -> str | None:
-  """Runs apt-get in a folder; None if it worked, else its last error on one line."""
+def _apt(arguments: list[str], folder: pathlib.Path) -> str:
+  """Runs apt-get in a folder; '' if it worked, else an error of its own on one line."""
+  options = ['-q', '-o', 'APT::Sandbox::User=', '-o', 'Acquire::Retries=1', '-o', 'Acquire::http::Timeout=20']
   try:
-    done = subprocess.run(['apt-get', '-q', *arguments], cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT,
-                          env=None, check=False)
+    done = subprocess.run(['apt-get', *options, *arguments], cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT,
+                          check=False)
   except subprocess.TimeoutExpired:
     return f'no answer in {_TIMEOUT} seconds'
   if done.returncode == 0:
-    return None
+    return ''
   errors = [line for line in done.stderr.splitlines() if line.startswith('E: ')]
-  return (errors or done.stderr.splitlines() or ['it failed without a message'])[-1].removeprefix('E: ')
+  return (errors or done.stderr.splitlines() or ['it failed without a message'])[0].removeprefix('E: ')
