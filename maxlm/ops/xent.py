@@ -2,7 +2,7 @@
 
 When differentiated, the loop that computes the loss also computes both gradients, while a chunk's logits are at hand:
 three products instead of the four of recomputing the logits, and one product when only the loss is wanted.
-`cross_entropy_reference` is the definition.
+`cross_entropy_reference` is the definition. C: the tokens of a chunk; inside the island V is this device's part of it.
 """
 
 import functools
