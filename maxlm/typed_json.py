@@ -80,6 +80,15 @@ def decode(plain, annotation, path: str = ''):
   raise _mismatch(path, annotation, plain)
 
 
+def flat(plain, path: str = '') -> dict[str, Any]:
+  """{'model.pattern[0].norm': 'pre', …}: the leaves of a JSON tree under the keys that the command line gives them."""
+  if isinstance(plain, dict) and plain:
+    return {k: v for name, child in plain.items() for k, v in flat(child, _join(path, name)).items()}
+  if isinstance(plain, list) and plain:
+    return {k: v for i, child in enumerate(plain) for k, v in flat(child, f'{path}[{i}]').items()}
+  return {path: plain}
+
+
 def type_name(annotation) -> str:
   """How to say a type to a user: 'int', 'int or None', 'tuple[float, float]', "'full' or 'none'"."""
   names = []

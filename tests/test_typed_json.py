@@ -98,6 +98,12 @@ def test_a_config_that_breaks_its_own_annotations_is_not_written(config, message
   assert str(error.value) == message
 
 
+def test_flat_keys_are_those_of_the_command_line():
+  flat = typed_json.flat(typed_json.encode(experiment(), Experiment))
+  assert flat['pattern[0].mixer.window'] == 128 and flat['pattern[1].mixer.type'] == 'Recurrent'
+  assert flat['stages[1][1].books'] == 1 and flat['clip'] is None and flat['betas[0]'] == 0.9
+
+
 def test_text_that_is_not_json_is_refused():
   with pytest.raises(ValueError, match='not JSON'):
     typed_json.loads('{"name": ', Experiment)
