@@ -1,8 +1,8 @@
 """The smallest model with every kind of layer, for tests: seconds a run.
 
-    python -m maxlm.train --config=configs/tiny.py --config.data.corpus=DIR
+    python -m tests.make_corpus corpora/tiny && python -m maxlm.train --config=configs/tiny.py
 
-Its first 20 losses on the test corpus are checked in (tests/golden/tiny_losses.json).
+Its first 20 losses are checked in (tests/golden/tiny_losses.json).
 """
 
 from maxlm.checkpoint import CheckpointConfig
@@ -26,11 +26,10 @@ def get_config(arg: str = '') -> Experiment:
   return Experiment(
     name='tiny',
     model=DecoderConfig(vocab_size=512, d_model=64, n_layers=5, pattern=(sliding, plain, post), logits_softcap=30.0),
-    data=DataConfig(corpus='corpora/tiny', seq_len=64, batch_size=8),
+    data=DataConfig(corpus='corpora/tiny', mixture={'stories': 3, 'inventories': 1}, seq_len=64, batch_size=8),
     optim=OptimConfig(peak_lr=3e-3, schedule='cosine', warmup_tokens=2_048),
     loss=LossConfig(z_loss=1e-4),
-    evals=EvalConfig(rows=16),
-    checkpoint=CheckpointConfig(every_steps=5),
-    tokens=20 * 8 * 64,
-    log_every=1,
+    evals=EvalConfig(every_steps=25, rows=16),
+    checkpoint=CheckpointConfig(every_steps=10),
+    tokens=60 * 8 * 64,
   )

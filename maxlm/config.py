@@ -15,8 +15,8 @@ from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
 from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig
-from maxlm.optim import OptimConfig
 from maxlm.ops.attention import check_attention
+from maxlm.optim import OptimConfig
 from maxlm.sharding import AXES, RULES, MeshConfig
 from maxlm.step import StepConfig
 
@@ -25,7 +25,7 @@ from maxlm.step import StepConfig
 class Experiment:
   """name: of the run; its default workdir is runs/<name>. pod: the machine it is meant for, as 'v5p:4x4x4', or '' for
   any. tokens: of the whole run, padding included. microbatches: parts a step's batch is computed in. seed: of weights
-  and data order. log_every: steps between lines of the log."""
+  and data order."""
 
   name: str
   pod: str = ''
@@ -40,7 +40,6 @@ class Experiment:
   tokens: int
   microbatches: int = 1
   seed: int = 0
-  log_every: int = 10
 
   @property
   def tokens_per_step(self) -> int:
@@ -67,7 +66,7 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   model, data = config.model, config.data
   positive = {'model.vocab_size': model.vocab_size, 'model.d_model': model.d_model, 'model.n_layers': model.n_layers,
               'data.seq_len': data.seq_len, 'data.batch_size': data.batch_size, 'tokens': config.tokens,
-              'microbatches': config.microbatches, 'compute.unroll': config.compute.unroll, 'log_every': config.log_every}
+              'microbatches': config.microbatches, 'compute.unroll': config.compute.unroll}
   for name, value in positive.items():
     if value < 1:
       raise ValueError(f'{name}={value} must be at least 1')
@@ -102,12 +101,16 @@ def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
     dims |= {f'model.pattern[{i}].attention.n_heads': ('N', layer.attention.n_heads),
              f'model.pattern[{i}].attention.n_kv_heads': ('K', layer.attention.n_kv_heads),
              f'model.pattern[{i}].mlp.d_ff': ('F', layer.mlp.d_ff)}
-  dims['data.batch_size / microbatches'] = ('B', config.data.batch_size / config.microbatches)
   for name, (dim, size) in dims.items():
     parts = math.prod(sizes[axis] for axis in RULES[dim])
     if size % parts:
-      raise ValueError(f'{name}={size:g} does not divide into {parts} parts ({" x ".join(RULES[dim])} of the mesh): '
+      raise ValueError(f'{name}={size} does not divide into {parts} parts ({" x ".join(RULES[dim])} of the mesh): '
                        'change it or the mesh')
+  rows, parts = config.data.batch_size, math.prod(sizes[axis] for axis in RULES['B'])
+  if rows % (parts * config.microbatches):
+    unit = parts * config.microbatches
+    raise ValueError(f'data.batch_size={rows} rows do not divide into {config.microbatches} microbatches x {parts} parts '
+                     f'({" x ".join(RULES["B"])} of the mesh): use a multiple of {unit}, such as {-(-rows // unit) * unit}')
 
 
 def describe(config: Experiment, platform: str, n_parameters: int) -> str:
@@ -120,4 +123,4 @@ def describe(config: Experiment, platform: str, n_parameters: int) -> str:
           f'compute  {len(devices)} x {devices[0].device_kind}, {compute.dtype}, attention kernel {compute.kernel}, '
           f'remat {compute.remat}\n'
           f'steps    {config.n_steps:,} of {config.data.batch_size} x {config.data.seq_len} = '
-          f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step / 1e6:,.1f}M tokens in all')
+          f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step:,} tokens in all')

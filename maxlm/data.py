@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline import loader
 from data_pipeline.mixture import MixtureSchedule
-from maxlm.sharding import axis_size, spec
+from maxlm.sharding import spec
 
 Batch = dict[str, jax.Array]
 
@@ -46,12 +46,3 @@ def to_device(batch: dict[str, np.ndarray]) -> Batch:
   return {name: jax.make_array_from_process_local_data(
             jax.sharding.NamedSharding(mesh, spec('BT' if array.ndim == 2 else 'B')), array)
           for name, array in batch.items()}
-
-
-def check_batch(batch_size: int, microbatches: int) -> None:
-  """ValueError if the rows of a step do not divide over the current mesh and the microbatches."""
-  parts = axis_size('B')
-  if microbatches < 1 or batch_size % (parts * microbatches):
-    need = parts * max(microbatches, 1)
-    raise ValueError(f'data.batch_size={batch_size} rows do not divide into {parts} parts of the mesh x '
-                     f'{microbatches} microbatches: use a multiple of {need}, such as {-(-batch_size // need) * need}')

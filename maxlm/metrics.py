@@ -26,7 +26,7 @@ class MetricsWriter:
 
   A value that is not finite is null there, for JSON has no other word. WORKDIR/tensorboard has the same values under
   the same names, ten seconds later at most. A step is recorded once: what an attempt wrote after the checkpoint it is
-  resumed from is dropped. OSError where a file cannot be written.
+  resumed from is dropped, `eval/…` of that step too: it comes after the checkpoint. OSError where a file cannot be written.
   """
 
   def __init__(self, workdir: str | Path, *, resumed_from: int | None = None):
@@ -64,23 +64,24 @@ class MetricsWriter:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-  """Keeps the lines of a metrics.jsonl up to that step: not later ones, nor what a kill has cut."""
+  """Keeps the lines of a metrics.jsonl up to that step: not later ones, nor its evaluation, nor what a kill has cut."""
   if not path.exists():
     return
   text = path.read_bytes()
-  kept = b''.join(line + b'\n' for line in text.split(b'\n') if _step_of(line) <= step)
+  kept = b''.join(line + b'\n' for line in text.split(b'\n') if _place_of(line) <= (step, False))
   if kept != text:
     partial = path.with_suffix('.partial')
     partial.write_bytes(kept)
     os.replace(partial, path)
 
 
-def _step_of(line: bytes) -> float:
-  """The step of a line of metrics.jsonl; infinity for what is not one."""
+def _place_of(line: bytes) -> tuple[float, bool]:
+  """(step, whether it is an evaluation) of a line of metrics.jsonl; an infinite step for what is not one."""
   try:
-    return json.loads(line)['step']
+    record = json.loads(line)
+    return record['step'], any(name.startswith('eval/') for name in record)
   except (ValueError, TypeError, KeyError):
-    return math.inf
+    return math.inf, False
 
 
 class StepClock:

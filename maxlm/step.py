@@ -48,7 +48,7 @@ def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[Trai
   """(next state, metrics) for one batch: tokens, targets, segment_ids, positions int32 [B, T] and source int32 [B].
 
   The loss is the mean over the batch's real positions, however many microbatches it is computed in. Metrics are fp32
-  device arrays: loss and loss_by_source (mean nll, nats a token), tokens_by_source, grad_norm, learning_rate.
+  device arrays: loss and loss_by_source (mean nll, nats a token), grad_norm, learning_rate; and tokens_by_source, int32.
   """
   n_tokens = jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32)
   grads, sums = gradients(config, state.params, batch, n_tokens)
@@ -92,12 +92,12 @@ def interleave(array: jax.Array, n: int) -> jax.Array:
 
 
 def sums_by_source(nll_BT: jax.Array, batch: dict, n_sources: int) -> dict[str, jax.Array]:
-  """Sums of nll and of real positions in the rows of each source, fp32 [n_sources], the same on all devices."""
-  one_hot_BX = (batch['source'][:, None] == jnp.arange(n_sources)).astype(jnp.float32)
+  """Sums of nll (fp32) and of real positions (int32, exact) in the rows of each source: [n_sources], on all devices."""
+  is_of_BX = batch['source'][:, None] == jnp.arange(n_sources)
   def by_source(row_B):
-    return jnp.einsum('B,BX->X', row_B, one_hot_BX, out_sharding=jax.P(None), precision='highest')
-  real_BT = (batch['segment_ids'] > 0).astype(jnp.float32)
-  return {'nll_by_source': by_source(jnp.sum(nll_BT, axis=1)), 'tokens_by_source': by_source(jnp.sum(real_BT, axis=1))}
+    return jnp.einsum('B,BX->X', row_B, is_of_BX.astype(row_B.dtype), out_sharding=jax.P(None), precision='highest')
+  real_B = jnp.sum(batch['segment_ids'] > 0, axis=1)
+  return {'nll_by_source': by_source(jnp.sum(nll_BT, axis=1)), 'tokens_by_source': by_source(real_B)}
 
 
 def eval_step(config: StepConfig, params: Decoder, batch: dict) -> dict[str, jax.Array]:

@@ -19,7 +19,7 @@ WHO = ('the captain, an old woman, her brother, the clerk, a stranger, the mille
 DID = 'found, carried, sold, forgot, painted, wanted, hid, repaired, counted, asked for, described, borrowed'.split(', ')
 WHAT = ('a lantern, the map, seven coins, a wooden horse, the letter, some bread, the clock, a blue door, an empty bottle, '
         'the violin, a pair of gloves, the keys').split(', ')
-WHEN = 'at night, before the storm, in the market, after supper, by the river, twice, without a word, on Thursday'.split(', ')
+WHEN = 'at night, before the storm, in the market, after supper, by the river, twice, without a word, today'.split(', ')
 
 
 def story(pick, sentences: int) -> str:
@@ -28,7 +28,8 @@ def story(pick, sentences: int) -> str:
 
 
 def inventory(pick, rows: int) -> str:
-  return '\n'.join([f'Inventory no. {pick(range(1000))}', *(f'  {pick(range(100))} x {pick(WHAT)}, {pick(WHEN)}' for _ in range(rows))])
+  lines = [f'  {pick(range(100))} x {pick(WHAT)}, {pick(WHEN)}' for _ in range(rows)]
+  return '\n'.join([f'Inventory no. {pick(range(1000))}', *lines])
 
 
 def make_corpus(directory: Path) -> Path:
@@ -42,7 +43,8 @@ def make_corpus(directory: Path) -> Path:
       for _ in range(n_documents):
         file.write(json.dumps({'text': write(pick, pick((1, 2, 3, 5, 8, 13, 21)))}) + '\n')
   sources = tuple(TextFiles(name=name, pattern=str(text / f'{name}.jsonl')) for name in ('stories', 'inventories'))
-  recipe = Recipe(name='tests', sources=sources, vocab_size=VOCAB_SIZE, seq_lens=(SEQ_LEN,), validation_fraction=0.1, min_bytes=20)
+  recipe = Recipe(name='tests', sources=sources, vocab_size=VOCAB_SIZE, seq_lens=(SEQ_LEN,), validation_fraction=0.1,
+                  min_bytes=20)
   return build(recipe, directory, workers=1)
 
 

@@ -46,6 +46,13 @@ def test_resuming_leaves_each_step_once(tmp_path):
   assert [line['step'] for line in record(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_resuming_drops_the_evaluation_that_followed_the_checkpoint(tmp_path):
+  write(tmp_path, [1, 2, 3])
+  write(tmp_path, [3], resumed_from=3, **{'eval/loss/all': 2.0})
+  write(tmp_path, [3], resumed_from=3, **{'eval/loss/all': 2.0})
+  assert [(line['step'], 'eval/loss/all' in line) for line in record(tmp_path)] == [(1, False), (2, False), (3, False), (3, True)]
+
+
 def test_starting_anew_begins_the_record_anew(tmp_path):
   write(tmp_path, [0, 1, 2])
   write(tmp_path, [0, 1])
