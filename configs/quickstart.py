@@ -23,9 +23,9 @@ def get_config(arg: str = '') -> Experiment:
     name='quickstart',
     model=DecoderConfig(vocab_size=4096, d_model=256, n_layers=4, tied_embeddings=True,
                         pattern=(layer(64), layer(64), layer(64), layer(None))),
-    data=DataConfig(corpus='corpora/quickstart', recipe='quickstart', seq_len=256, batch_size=16),
-    optim=OptimConfig(peak_lr=4e-3, warmup_tokens=100_000, decay_tokens=600_000, weight_decay=0.1),
+    data=DataConfig(corpus='corpora/quickstart', recipe='quickstart', seq_len=256, batch_size=8),
+    optim=OptimConfig(peak_lr=4e-3, warmup_tokens=60_000, decay_tokens=600_000),
     evals=EvalConfig(every_steps=200, rows=64),
     checkpoint=CheckpointConfig(every_steps=100),
-    tokens=2_000_000,
+    tokens=1_200_000,
   )
