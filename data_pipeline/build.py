@@ -203,7 +203,8 @@ class _Build:
     parts = [*sources, chosen, vocabulary]
     row_files = [{key: shard[key] for key in ('path', 'bytes', 'xxh3')} for shard in packed]
     return {
-      'format': shards.FORMAT, 'key': self.key, 'recipe': recipes.describe(self.recipe), 'seq_lens': self.seq_lens,
+      'format': shards.FORMAT, 'recipe': recipes.describe(self.recipe), 'key': self.key, 'code': _code_version(),
+      'seq_lens': self.seq_lens,
       'vocab_size': vocabulary['vocab_size'], 'eot': vocabulary['eot'], 'tokenizer_sha256': vocabulary['sha256'],
       'sources': per_source, 'rows': packed, 'files': [file for part in parts for file in part['files']] + row_files,
       'made_with': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in _LIBRARIES}}}
@@ -212,8 +213,11 @@ class _Build:
 def _corpus_key(recipe: Recipe) -> str:
   """What decides a corpus but for its row lengths, which can be added, and the fallback, which is a corpus of its own."""
   facts = recipes.describe(dataclasses.replace(recipe, seq_lens=(), fallback=None))
-  code = shards.code_of(documents, selection, tokenizer, pack, rows)
-  return shards.key_of(facts, [_source_key(source) for source in recipe.sources], code)
+  return shards.key_of(facts, [_source_key(source) for source in recipe.sources], _code_version())
+
+
+def _code_version() -> str:
+  return shards.code_of(documents, selection, tokenizer, pack, rows)
 
 
 def _source_key(source) -> str:
@@ -247,11 +251,12 @@ def _is_complete(recipe: Recipe, root: pathlib.Path) -> bool:
 @contextlib.contextmanager
 def _locked(root: pathlib.Path):
   """The directory, made and held against a second build. Nothing is written beside somebody else's files."""
+  path = root / 'build' / 'lock'
   try:
-    if root.is_dir() and any(root.iterdir()) and not (root / 'build').is_dir():
+    if root.is_dir() and not path.exists() and any(entry != path.parent or any(entry.iterdir()) for entry in root.iterdir()):
       raise ValueError(f'{root} holds other files and no corpus: give --out a new or empty directory')
-    (root / 'build').mkdir(parents=True, exist_ok=True)
-    lock = open(root / 'build' / 'lock', 'w')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, 'w')
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise

@@ -13,7 +13,6 @@ import pathlib
 import sys
 import threading
 
-import grain
 import numpy as np
 from array_record.python import array_record_module
 
@@ -168,6 +167,8 @@ class BatchIterator:
   """Endless or finite iterator of a host's batches. cursor: the next global row, all there is to save and to resume from."""
 
   def __init__(self, batches: _HostBatches, cursor: int, batch_size: int, num_threads: int):
+    import grain  # here: it takes a second and more, which commands that only read a corpus's facts need not wait
+
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     self._batches = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
     self.cursor, self._batch_size = cursor, batch_size

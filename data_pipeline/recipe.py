@@ -104,5 +104,6 @@ def describe(value) -> object:
     return {'class': type(value).__qualname__, **fields}
   if isinstance(value, (list, tuple)):
     return [describe(item) for item in value]
-  assert value is None or isinstance(value, (str, int, float, bool)), f'{value!r} cannot be part of a recipe'
+  if value is not None and not isinstance(value, (str, int, float, bool)):
+    raise ValueError(f'a recipe is made of dataclasses, tuples, texts and numbers, and {value!r} is none of them')
   return value

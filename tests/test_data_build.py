@@ -321,6 +321,15 @@ def test_a_recipe_that_cannot_be_built_is_refused(text, tmp_path, changes, compl
   assert '\n' not in str(caught.value)
 
 
+def test_a_directory_that_is_somebody_elses_is_left_alone(text, tmp_path):
+  for name in ('build/program.o', 'documents/thesis.txt'):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text('mine')
+  with pytest.raises(ValueError, match='holds other files and no corpus'):
+    build.build(corpora.recipe(text), tmp_path)
+  assert sorted(path.name for path in tmp_path.rglob('*') if path.is_file()) == ['program.o', 'thesis.txt']
+
+
 def test_two_builds_do_not_write_one_directory(text, tmp_path):
   (tmp_path / 'out' / 'build').mkdir(parents=True)
   with open(tmp_path / 'out' / 'build' / 'lock', 'w') as lock:

@@ -42,16 +42,20 @@ class DebianPackage:
 
   def read(self, unit: Input) -> Iterator[tuple[str, str]]:
     """Streams the members of the package; nothing is unpacked to disk and no name in it is trusted."""
+    damaged = f'{unit.lineage} is damaged: dpkg-deb cannot unpack it; run the build again to fetch it anew'
     command = ['dpkg-deb', '--fsys-tarfile', *unit.paths]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacker:
-      with tarfile.open(fileobj=unpacker.stdout, mode='r|') as members:
-        for member in members:
-          if member.isreg() and member.size <= _MAX_PAGE and fnmatch.fnmatchcase(member.name, self.pages):
-            if text := html_to_text(members.extractfile(member).read()):
-              yield f'deb:{self.name}/{member.name.removeprefix("./")}', text
+      try:
+        with tarfile.open(fileobj=unpacker.stdout, mode='r|') as members:
+          for member in members:
+            if member.isreg() and member.size <= _MAX_PAGE and fnmatch.fnmatchcase(member.name, self.pages):
+              if text := html_to_text(members.extractfile(member).read()):
+                yield f'deb:{self.name}/{member.name.removeprefix("./")}', text
+      except tarfile.TarError as error:
+        raise ValueError(damaged) from error
       unpacker.stdout.read()
     if unpacker.returncode:
-      raise ValueError(f'{unit.lineage} is damaged: dpkg-deb cannot unpack it; run the build again to fetch it anew')
+      raise ValueError(damaged)
 
 
 def _apt(arguments: list[str], folder: pathlib.Path) -> str:
