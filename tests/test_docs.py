@@ -135,6 +135,8 @@ def test_a_command_that_fails_is_found(tmp_path):
 def test_links_lead_somewhere(page):
   links = re.findall(r'\]\(([^)#:\s]+)(?:#[^)]*)?\)', page.read_text())
   assert [link for link in links if not (page.parent / link).exists()] == []
+  named = re.findall(r'`((?:maxlm|data_pipeline|configs|launch|tests|docs)/[\w./-]+)`', page.read_text())
+  assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def partition(text: str) -> sharding.P:
