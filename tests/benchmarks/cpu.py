@@ -3,13 +3,14 @@
     python tests/benchmarks/cpu.py [--maxtext_python=PYTHON] [--torch_python=PYTHON] [--rounds=5] [--steps=3] [--json=F]
 
 Everybody trains the model of worker.py (8.4M parameters, fp32, batch 8 x 512, random tokens, AdamW, clipping), each in
-its own interpreter; one that is not given is reported as absent. Two questions:
+its own interpreter; one that is not given is reported as absent. Three columns:
 
 first step   seconds from the start of the process to its first finished step, with an empty compile cache and again with
              the cache it left behind. PyTorch runs eagerly and has none.
 tokens/s     of whole steps, from the second on. Peers take turns, a few steps each, in an order that rotates, so that a
              noisy machine is unkind to all of them alike. The median over all steps; the spread is the 10th to 90th
              percentile.
+CPU s        seconds of CPU that a step takes, all cores together, median: what other programs on the machine change least.
 
 Peers' environments: `pip install torch transformers` for one, `pip install 'maxtext[tpu]'` for the other.
 """
@@ -50,9 +51,11 @@ class Peer:
       raise RuntimeError(f'{self.name} died:\n{self.errors.read()[-3000:]}')
     return json.loads(line)
 
-  def steps(self, n: int) -> list[float]:
+  def steps(self, n: int) -> list[tuple[float, float]]:
+    """Takes n steps; (seconds, seconds of CPU) of each."""
     print(n, file=self.process.stdin, flush=True)
-    return self.answer()['seconds']
+    answer = self.answer()
+    return list(zip(answer['seconds'], answer['cpu_seconds'], strict=True))
 
   def stop(self) -> None:
     self.process.stdin.close()
@@ -70,9 +73,9 @@ def start(name: str, python: str, cache: str) -> tuple[Peer, dict]:
 
 
 def measure(pythons: dict[str, str], rounds: int, steps: int) -> dict[str, dict]:
-  """name -> versions, parameters, first_step_cold, first_step_warm, tokens_per_second, spread."""
+  """name -> versions, parameters, first_step_cold, first_step_warm, steps, tokens_per_second, spread, cpu_seconds."""
   with tempfile.TemporaryDirectory() as caches:
-    peers, results, seconds = [], {}, {name: [] for name in pythons}
+    peers, results, timed = [], {}, {name: [] for name in pythons}
     for name, python in pythons.items():
       print(f'{name}: starting, cold and warm …', file=sys.stderr)
       peer, results[name] = start(name, python, f'{caches}/{name}')
@@ -81,23 +84,24 @@ def measure(pythons: dict[str, str], rounds: int, steps: int) -> dict[str, dict]
       print(f'round {turn} of {rounds}{" (warm-up)" if turn == 0 else ""}', file=sys.stderr)
       for peer in peers[turn % len(peers):] + peers[:turn % len(peers)]:
         taken = peer.steps(steps)
-        seconds[peer.name] += taken if turn else []
+        timed[peer.name] += taken if turn else []
     for peer in peers:
       peer.stop()
-  for name, taken in seconds.items():
-    deciles = statistics.quantiles(taken, n=10, method='inclusive')
-    results[name] |= {'tokens_per_second': TOKENS / statistics.median(taken),
-                      'spread': (TOKENS / deciles[-1], TOKENS / deciles[0]), 'steps': len(taken)}
+  for name, taken in timed.items():
+    seconds, cpu_seconds = zip(*taken, strict=True)
+    deciles = statistics.quantiles(seconds, n=10, method='inclusive')
+    results[name] |= {'steps': len(taken), 'tokens_per_second': TOKENS / statistics.median(seconds),
+                      'spread': (TOKENS / deciles[-1], TOKENS / deciles[0]), 'cpu_seconds': statistics.median(cpu_seconds)}
   return results
 
 
 def table(results: dict[str, dict], absent: list[str]) -> str:
-  lines = [f'{"":8} {"tokens/s":>9} {"spread":>13} {"MaxLM is":>9} {"first step, cold":>17} {"warm":>7}']
+  lines = [f'{"":8} {"tokens/s":>9} {"spread":>13} {"MaxLM is":>9} {"CPU s":>6} {"first step, cold":>17} {"warm":>7}']
   ours = results['maxlm']['tokens_per_second']
   for name, r in results.items():
     spread = '{:,.0f}–{:,.0f}'.format(*r['spread'])
     lines.append(f'{name:8} {r["tokens_per_second"]:9,.0f} {spread:>13} {ours / r["tokens_per_second"]:8.2f}x '
-                 f'{r["first_step_cold"]:15.1f} s {r["first_step_warm"]:5.1f} s   {r["versions"]}')
+                 f'{r["cpu_seconds"]:6.1f} {r["first_step_cold"]:15.1f} s {r["first_step_warm"]:5.1f} s   {r["versions"]}')
   return '\n'.join(lines + [f'{name:8}    absent: give --{name}_python=…' for name in absent])
 
 

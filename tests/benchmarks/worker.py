@@ -27,9 +27,10 @@ def serve(setup: Callable[[], tuple[Callable[[], float], dict]]) -> None:
   step, facts = setup()
   print(json.dumps({'loss': step(), **facts}), file=answers, flush=True)
   for line in sys.stdin:
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(int(line)):
-      start = time.perf_counter()
+      start, cpu_start = time.perf_counter(), time.process_time()
       loss = step()
       seconds.append(time.perf_counter() - start)
-    print(json.dumps({'loss': loss, 'seconds': seconds}), file=answers, flush=True)
+      cpu_seconds.append(time.process_time() - cpu_start)
+    print(json.dumps({'loss': loss, 'seconds': seconds, 'cpu_seconds': cpu_seconds}), file=answers, flush=True)
