@@ -59,7 +59,7 @@ def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[Trai
     'loss': jnp.sum(sums['nll_by_source']) / n_tokens,
     'loss_by_source': sums['nll_by_source'] / jnp.maximum(sums['tokens_by_source'], 1),
     'tokens_by_source': sums['tokens_by_source'],
-    'grad_norm': optax.global_norm(grads),
+    'grad_norm': optax.tree.norm(grads),
     'learning_rate': lr,
   }
   return TrainState(step=state.step + 1, params=params, opt=opt), metrics

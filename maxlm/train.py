@@ -56,7 +56,7 @@ def run(config: Experiment, workdir: Path) -> int:
   with StopSignal() as stop, jax.set_mesh(make_mesh(config.mesh)):
     ready = stop.interruptible(set_up, config, workdir, started)
     if ready is None:
-      say(f'stopped  by {stop.requested} before the first step: there was nothing to save')
+      say(f'stopped  by {stop.requested} before a step was taken: there is nothing to save')
       return EXIT_PREEMPTED
     setup, state = ready
     with contextlib.closing(setup.log):
@@ -99,12 +99,12 @@ def set_up(config: Experiment, workdir: Path, started: float) -> tuple[Setup, Tr
   checkpoints = Checkpoints(workdir / 'checkpoints', keep_last=config.checkpoint.keep_last,
                             keep_every=config.checkpoint.keep_every)
   state, meta = start_or_resume(config, step_config, workdir, checkpoints, corpus)
-  with writing_to(workdir):
-    write_atomically(workdir / 'tokenizer.json', corpus.tokenizer_path.read_text(encoding='utf-8'))
-    write_atomically(workdir / 'config.json', typed_json.dumps(config))
   first_step = int(state.step)
   batches = train_batches(config.data, corpus, config.seed, first_step)
   first_batch = next(batches)
+  with writing_to(workdir):  # now that nothing in it is refused
+    write_atomically(workdir / 'tokenizer.json', corpus.tokenizer_path.read_text(encoding='utf-8'))
+    write_atomically(workdir / 'config.json', typed_json.dumps(config))
   say('compile  …')
   update = jax.jit(functools.partial(train_step, step_config), donate_argnums=0).lower(state, first_batch[1]).compile()
   log = StepLog(config, workdir, sources, first_step)
@@ -139,11 +139,11 @@ def start_or_resume(config, step_config, workdir: Path, checkpoints: Checkpoints
   step = checkpoints.latest()
   if step is None:
     return init(key), {**meta, 'lineage': lineage()}
+  saved = checkpoints.meta(step)
+  check_same_run(workdir, saved, meta)
   if step > config.n_steps:
     raise ValueError(f'{workdir} is at step {step:,}, past the {config.n_steps:,} steps of this config: '
                      'raise --config.tokens')
-  saved = checkpoints.meta(step)
-  check_same_run(workdir, saved, meta)
   params, opt = checkpoints.restore(step, like.params, like.opt)
   say(f'resumed  at step {step:,} from {workdir}')
   return TrainState(step=jax.device_put(np.int32(step), jax.P()), params=params, opt=opt), {**saved, **meta}
