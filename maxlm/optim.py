@@ -41,9 +41,10 @@ class OptimConfig:
 
 def learning_rate(config: OptimConfig, tokens: jax.Array, total_tokens: int) -> jax.Array:
   """fp32 learning rate for the step that brings the run to `tokens` (fp32) of `total_tokens`."""
-  falling = config.decay_tokens if config.schedule == 'wsd' else total_tokens - config.warmup_tokens
-  warm = jnp.minimum(tokens / config.warmup_tokens, 1.0) if config.warmup_tokens else 1.0
-  left = jnp.clip((total_tokens - tokens) / falling, 0.0, 1.0) if falling else 1.0  # of the fall; at the end exactly 0
+  rise = float(config.warmup_tokens)  # floats: as integers JAX would take them for int32
+  fall = float(config.decay_tokens if config.schedule == 'wsd' else total_tokens - config.warmup_tokens)
+  warm = jnp.minimum(tokens / rise, 1.0) if rise else 1.0
+  left = jnp.clip((float(total_tokens) - tokens) / fall, 0.0, 1.0) if fall else 1.0  # exactly 0 at the end
   shape = 0.5 * (1 - jnp.cos(jnp.pi * left)) if config.schedule == 'cosine' else left
   return config.peak_lr * warm * (config.final_lr_frac + (1 - config.final_lr_frac) * shape)
 
