@@ -1,4 +1,4 @@
-"""1.2B parameters, llama-shaped, for one v5e host of eight chips' worth of slice or more (v5e:4x4 below).
+"""1.14B parameters, llama-shaped, for sixteen v5e chips.
 
     python -m maxlm.train --config=configs/dense_1b.py --config.data.corpus=gs://BUCKET/corpus
 

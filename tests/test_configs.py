@@ -1,0 +1,114 @@
+"""The contract of configs/: each file loads, survives JSON, is valid on its own pod, and there type-checks a full step.
+
+The pod is an abstract mesh: no device, no memory, but every sharding is checked, and the kernel traced is the pod's.
+"""
+
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maxlm import typed_json
+from maxlm.config import Experiment, validate
+from maxlm.flags import load_config
+from maxlm.layers import mlp
+from maxlm.sharding import abstract_mesh, spec
+from maxlm.step import init_state, train_step
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+
+PARAMETERS = {
+  'dense_1b': 1_140_922_368,
+  'llama3_8b': 8_030_261_248,  # as published: huggingface.co/meta-llama/Meta-Llama-3-8B
+  'quickstart': 4_197_120,
+  'tiny': 231_112,
+}
+
+
+def load(name: str) -> Experiment:
+  return load_config(str(ROOT / 'configs' / f'{name}.py'))
+
+
+def platform_of(config: Experiment) -> str:
+  return 'tpu' if config.pod else 'cpu'
+
+
+def traced_step(config: Experiment):
+  """(state, state after a step, metrics) as shapes with shardings, traced for the config's pod; and the step's jaxpr."""
+  mesh, key = abstract_mesh(config.mesh, config.pod_devices), jax.random.key(0)
+  rows, length = config.data.batch_size, config.data.seq_len
+  shapes = {name: (rows, length) for name in ('tokens', 'targets', 'segment_ids', 'positions')} | {'source': (rows,)}
+  batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec('BT'[:len(shape)])))
+           for name, shape in shapes.items()}
+  with jax.sharding.use_abstract_mesh(mesh):
+    step_config = config.step_config(platform_of(config), n_sources=2)
+    state = jax.eval_shape(functools.partial(init_state, step_config), key)
+    step = jax.jit(functools.partial(train_step, step_config)).trace(state, batch)
+    return state, *step.out_info, step.jaxpr
+
+
+def test_every_config_is_in_the_table():
+  assert FILES == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_survives_json(name):
+  config = load(name)
+  assert config.name == name
+  assert typed_json.loads(typed_json.dumps(config), Experiment) == config
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_is_valid_on_its_own_pod_and_type_checks_a_full_step_there(name):
+  config = load(name)
+  validate(config, platform_of(config), config.pod_devices)
+  state, after, metrics, jaxpr = traced_step(config)
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name]
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  for (path, old), new in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(after)):
+    assert (new.shape, new.dtype) == (old.shape, old.dtype), path
+    if old.ndim:
+      assert new.sharding.spec == old.sharding.spec, path
+  assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.ndim} == {jnp.dtype('float32')}
+  assert metrics['loss'].shape == () and metrics['loss_by_source'].shape == (2,)
+  assert ('pallas_call' in str(jaxpr)) == (platform_of(config) == 'tpu')
+
+
+@pytest.mark.parametrize('name', [name for name in FILES if load(name).pod])
+def test_big_weights_are_split_over_the_whole_pod(name):
+  """What a device holds of parameters and optimizer is near a devices-th of them: nothing big is replicated."""
+  config = load(name)
+  state, *_ = traced_step(config)
+  sizes = dict(zip(('data', 'fsdp', 'expert', 'context', 'tensor'), config.mesh.shape(config.pod_devices)))
+
+  def parts(leaf) -> int:
+    axes = [axis for entry in leaf.sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    return math.prod(sizes[axis] for axis in axes)
+
+  leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.ndim]
+  held = sum(leaf.size / parts(leaf) for leaf in leaves)
+  assert held < 1.01 * sum(leaf.size for leaf in leaves) / (sizes['fsdp'] * sizes['tensor']) + 2e6
+
+
+def test_a_mesh_that_heads_do_not_divide_into_is_found():
+  config = load('llama3_8b')
+  config.mesh.tensor, config.mesh.fsdp = 16, 4
+  with pytest.raises(ValueError, match='n_kv_heads=8 does not divide into 16 parts'):
+    validate(config, 'tpu', config.pod_devices)
+  with pytest.raises(ValueError, match='does not evenly divide the dimension size 8'):
+    traced_step(config)
+
+
+def test_a_missing_sharding_annotation_is_found(monkeypatch):
+  """An MLP that multiplies without saying how its weights and its output are split."""
+  config = load('llama3_8b')
+  config.mesh.tensor, config.mesh.fsdp = 2, 32
+  traced_step(config)
+  monkeypatch.setattr(mlp, 'einsum', lambda dims, x, w: jnp.einsum(dims, x, w.astype(x.dtype)))
+  with pytest.raises(Exception, match='out_sharding') as error:
+    traced_step(config)
+  assert error.type.__name__ == 'ShardingTypeError'
