@@ -27,7 +27,7 @@ from data_pipeline.mixture import MixtureSchedule
 from maxlm import flags, train, typed_json
 from maxlm.checkpoint import Checkpoints
 from maxlm.config import Experiment
-from maxlm.sharding import MeshConfig
+from maxlm.sharding import MeshConfig, make_mesh
 from maxlm.step import init_state
 from tests.make_corpus import make_corpus
 
@@ -173,6 +173,22 @@ def test_the_workdir_says_what_ran(reference, corpus):
   assert Checkpoints(reference / 'checkpoints').steps() == [40, 50, 60]
   done = json.loads((reference / 'DONE').read_text())
   assert done['steps'] == N_STEPS and done['bits_per_byte']['all'] < done['baselines']['all']['unigram']
+
+
+def test_a_step_reuses_the_memory_of_the_state_and_nothing_crosses_to_the_host(corpus, tmp_path):
+  config = short_config(corpus)
+  with jax.set_mesh(make_mesh(config.mesh)):
+    setup, state = train.set_up(config, tmp_path / 'run', time.time())
+    batches = [next(setup.batches)[1] for _ in range(2)]
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert setup.update.memory_analysis().alias_size_in_bytes == held
+    with jax.transfer_guard('disallow'):
+      new, _ = setup.update(state, batches[0])
+      setup.update(new, batches[1])
+    setup.log.close()
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  program = setup.update.as_text()
+  assert not [word for word in ('callback', 'infeed', 'outfeed', 'send(', 'recv(') if word in program]
 
 
 # -- killed, stopped, finished
