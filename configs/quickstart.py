@@ -24,8 +24,8 @@ def get_config(arg: str = '') -> Experiment:
     model=DecoderConfig(vocab_size=4096, d_model=256, n_layers=4, tied_embeddings=True,
                         pattern=(layer(64), layer(64), layer(64), layer(None))),
     data=DataConfig(corpus='corpora/quickstart', recipe='quickstart', seq_len=256, batch_size=8),
-    optim=OptimConfig(peak_lr=4e-3, warmup_tokens=60_000, decay_tokens=600_000),
+    optim=OptimConfig(peak_lr=4e-3, warmup_tokens=45_000, decay_tokens=450_000),
     evals=EvalConfig(every_steps=200, rows=64),
     checkpoint=CheckpointConfig(every_steps=100),
-    tokens=1_200_000,
+    tokens=900_000,
   )
