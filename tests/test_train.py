@@ -290,8 +290,12 @@ def hang_after(n_batches: int):
 @pytest.fixture(scope='module')
 def short_run(corpus, tmp_path_factory) -> Path:
   """The workdir of an undisturbed short run on the eight devices of this process."""
-  workdir = tmp_path_factory.mktemp('short') / 'run'
-  assert train.run(short_config(corpus), workdir) == 0
+  workdir, polls = tmp_path_factory.mktemp('short') / 'run', []
+  poll = Checkpoints.poll
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Checkpoints, 'poll', lambda self: polls.append(poll(self)))
+    assert train.run(short_config(corpus), workdir) == 0
+  assert len(polls) == 12  # a save that failed is told at the next step
   return workdir
 
 
@@ -429,7 +433,10 @@ def test_a_loss_that_is_no_number_is_one_line_and_is_not_saved(corpus, tmp_path,
   assert ('loss of step' in line or 'grad_norm of step' in line) and 'lower --config.optim.peak_lr' in line
   last = record(tmp_path / 'run')[-1]
   assert last['loss'] is None or last['grad_norm'] is None
-  assert (Checkpoints(tmp_path / 'run' / 'checkpoints').latest() or 0) < last['step']
+  saved, until = tmp_path / 'run' / 'checkpoints', time.monotonic() + 20
+  while any(not (step / 'commit_success.txt').exists() for step in saved.glob('*')) and time.monotonic() < until:
+    time.sleep(0.1)  # what was being saved when the error came is ended by a thread
+  assert 0 < Checkpoints(saved).latest() < last['step']
 
 
 def test_a_misspelt_key_of_the_8b_config_suggests_the_right_one(tmp_path):
