@@ -48,7 +48,8 @@ class Score:
 def evaluate(score, params: Decoder, corpus: loader.Corpus, rows: int, batch_size: int) -> dict[str, Score]:
   """Score of each source on up to `rows` of its held-out rows, always the same ones.
 
-  score: a jitted `step.eval_step` of (params, batch); it may count `hits` besides. batch_size: rows at a time, over all hosts.
+  score: a jitted `step.eval_step` of (params, batch); it may count `hits` besides. batch_size: rows at a time, of all
+  hosts.
   """
   host = (jax.process_index(), jax.process_count())
   scores = {}
@@ -68,7 +69,8 @@ def total(scores: dict[str, Score]) -> Score:
   """All sources together."""
   parts = list(scores.values())
   hits = None if any(s.hits is None for s in parts) else sum(s.hits for s in parts)
-  return Score(nats=sum(s.nats for s in parts), tokens=sum(s.tokens for s in parts), bytes=sum(s.bytes for s in parts), hits=hits)
+  return Score(nats=sum(s.nats for s in parts), tokens=sum(s.tokens for s in parts),
+               bytes=sum(s.bytes for s in parts), hits=hits)
 
 
 def baselines(corpus: loader.Corpus, rows: int, train_rows: int = 2048) -> dict[str, dict[str, float]]:

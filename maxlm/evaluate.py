@@ -1,6 +1,7 @@
 """Held-out scores of a checkpoint: `python -m maxlm.evaluate --checkpoint=WORKDIR[@STEP] [--data=CORPUS]`.
 
-For each source of a corpus: loss (nats a token), bits per byte of its text, and how often the likeliest token is the right one.
+For each source of a corpus: loss (nats a token), bits per byte of its text, and how often the likeliest token is the
+right one.
 """
 
 import functools
@@ -11,14 +12,13 @@ import jax.numpy as jnp
 
 from data_pipeline import loader
 from maxlm import flags
-from maxlm.data import to_device
 from maxlm.evals import evaluate, total
 from maxlm.load import Model, load
 from maxlm.sharding import axis_size, spec
 from maxlm.step import eval_step
 
 CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'WORKDIR of a run (its newest checkpoint) or WORKDIR@STEP')
-DATA = flags.DEFINE_string('data', '', 'a corpus directory made by data_pipeline.build (default: the one the run was trained on)')
+DATA = flags.DEFINE_string('data', '', 'a corpus made by data_pipeline.build (default: the one the run was trained on)')
 ROWS = flags.DEFINE_integer('rows', 256, 'held-out rows of each source, at most')
 BATCH = flags.DEFINE_integer('batch_size', 8, 'rows at a time')
 AS_JSON = flags.DEFINE_bool('json', False, 'one JSON object instead of a table')
@@ -34,9 +34,10 @@ def main() -> int:
   model = load(CHECKPOINT.value)
   corpus = loader.open_corpus(DATA.value or model.config.data.corpus, model.config.data.seq_len)
   if corpus.tokenizer_path.read_text() != model.tokenizer_text:
-    raise ValueError(f'{corpus.directory} was made with another tokenizer than the model in {CHECKPOINT.value}: build the corpus '
-                     'with the tokenizer in that workdir')
-  scores = evaluate(jax.jit(functools.partial(score, model)), model.params, corpus, ROWS.value, BATCH.value + -BATCH.value % axis_size('B'))
+    raise ValueError(f'{corpus.directory} was made with another tokenizer than the model in {CHECKPOINT.value}: build the '
+                     'corpus with the tokenizer in that workdir')
+  batch_size = BATCH.value + -BATCH.value % axis_size('B')
+  scores = evaluate(jax.jit(functools.partial(score, model)), model.params, corpus, ROWS.value, batch_size)
   scores |= {'all': total(scores)}
   if AS_JSON.value:
     print(json.dumps({'step': model.step, 'sources': {source: {

@@ -1,7 +1,6 @@
 """Writes on from a prompt: `python -m maxlm.generate --checkpoint=WORKDIR[@STEP] --prompt=TEXT`."""
 
 import json
-import sys
 
 from maxlm import flags
 from maxlm.decode import generate
@@ -24,8 +23,9 @@ def main() -> int:
     raise ValueError(f'--samples={SAMPLES.value} must be at least 1')
   model = load(CHECKPOINT.value)
   prompt = [model.eot, *model.tokenizer.encode(PROMPT.value).ids]
-  for i, ids in enumerate(generate(model.params, model.config.model, model.compute, [prompt] * SAMPLES.value, eot=model.eot,
-                                   max_tokens=MAX_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value)):
+  samples = generate(model.params, model.config.model, model.compute, [prompt] * SAMPLES.value, eot=model.eot,
+                     max_tokens=MAX_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value)
+  for i, ids in enumerate(samples):
     text = PROMPT.value + model.tokenizer.decode(ids)
     if AS_JSON.value:
       print(json.dumps({'text': text, 'prompt_tokens': prompt, 'tokens': ids, 'step': model.step}))

@@ -15,7 +15,8 @@ from maxlm.sharding import MeshConfig, make_mesh
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Model:
-  """step: of the checkpoint. compute: for this machine. tokenizer_text: its file. eot: the token that begins and ends a document."""
+  """step: of the checkpoint. compute: for this machine. tokenizer_text: its file. eot: the token that begins
+  and ends a document."""
 
   config: Experiment
   compute: ComputeConfig

@@ -47,13 +47,14 @@ def main() -> int:
 
 
 def read_tokens(path: str) -> np.ndarray:
-  """int32 [rows, T] of a .npy file, padding as -1. ValueError unless it is integers, with padding at the ends of rows only."""
+  """int32 [rows, T] of a .npy file, padding as -1. ValueError unless it is integers, padded at the ends of rows."""
   tokens = np.load(path)
-  if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2:
+  if getattr(tokens, 'ndim', 0) != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2:
     raise ValueError(f'{path}: must be one array of integers [rows, T] with T >= 2')
   real = tokens >= 0
-  if (real[:, 1:] & ~real[:, :-1]).any():
-    raise ValueError(f'{path}: row {int(np.argmax((real[:, 1:] & ~real[:, :-1]).any(1)))} has padding before a token: pad at the end only')
+  torn = (real[:, 1:] & ~real[:, :-1]).any(axis=1)
+  if torn.any():
+    raise ValueError(f'{path}: row {int(torn.argmax())} has padding before a token: pad at the end only')
   return np.where(real, tokens, -1).astype(np.int32)
 
 
@@ -63,7 +64,8 @@ def score(model: Model, tokens: np.ndarray, *, batch_size: int, logits: bool = F
   batch_size += -batch_size % axis_size('B')
   padded = np.pad(tokens, ((0, -n_rows % batch_size), (0, -length % 128)), constant_values=-1)
   run = jax.jit(functools.partial(_score, model.config.model, model.compute, logits))
-  parts = [run(model.params, jax.device_put(padded[i:i + batch_size], spec('BT'))) for i in range(0, len(padded), batch_size)]
+  parts = [run(model.params, jax.device_put(padded[i:i + batch_size], spec('BT')))
+           for i in range(0, len(padded), batch_size)]
   names = ('log_probs', 'logits')[:1 + logits]
   return {name: np.concatenate([np.asarray(part[name]) for part in parts])[:n_rows, :length] for name in names}
 

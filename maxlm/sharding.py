@@ -10,7 +10,8 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 # Outermost first: neighbours on the last axes are neighbours on the machine. `data` may cross slices.
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')

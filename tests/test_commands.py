@@ -39,7 +39,8 @@ def workdir(tmp_path_factory, mesh_of):
 
 def run(module: str, *flags: str, code: int = 0) -> str:
   """stdout of a command that ends well, stderr of one that does not."""
-  done = subprocess.run([sys.executable, '-m', f'maxlm.{module}', *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  done = subprocess.run([sys.executable, '-m', f'maxlm.{module}', *flags], cwd=ROOT, capture_output=True, text=True,
+                        timeout=300)
   assert done.returncode == code, done.stderr
   return done.stdout if code == 0 else done.stderr
 
@@ -49,7 +50,8 @@ def test_scores_are_the_log_softmax_of_the_logits_and_padding_changes_nothing(wo
   tokens = rng.integers(0, 512, (3, 21))
   tokens[1, 13:] = -1
   np.save(tmp_path / 'in.npy', tokens)
-  run('score', f'--checkpoint={workdir}', f'--tokens={tmp_path}/in.npy', f'--out={tmp_path}/out.npz', '--logits', '--batch_size=2')
+  run('score', f'--checkpoint={workdir}', f'--tokens={tmp_path}/in.npy', f'--out={tmp_path}/out.npz', '--logits',
+      '--batch_size=2')
   out = np.load(tmp_path / 'out.npz')
   assert out['log_probs'].shape == (3, 21) and out['logits'].shape == (3, 21, 512) and out['logits'].dtype == np.float32
   logits = out['logits'].astype(np.float64)

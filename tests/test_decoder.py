@@ -114,7 +114,8 @@ def test_loss_and_every_gradient_leaf_are_the_same_on_any_mesh(mesh_of, sizes):
   assert_same_gradients(grads_one, grads_many, 1e-5)
 
 
-@pytest.mark.parametrize('change', [{'remat': 'full'}, {'remat': 'attention'}, {'unroll': 4}, {'kernel': 'reference'}], ids=str)
+@pytest.mark.parametrize('change', [{'remat': 'full'}, {'remat': 'attention'}, {'unroll': 4}, {'kernel': 'reference'}],
+                         ids=str)
 def test_how_it_is_computed_does_not_change_loss_or_gradients(mesh_of, change):
   batch = random_batch(np.random.default_rng(3), 2, 64, 512)
   model = dataclasses.replace(MODEL, n_layers=8)
@@ -167,13 +168,12 @@ def test_logits_of_the_cache_equal_the_full_forward(mesh_of):
     full = hidden(params, {'tokens': tokens, 'segment_ids': segments, 'positions': positions})
     caches = params.empty_caches(MODEL, FP32, 2, 40)
     extend = jax.jit(functools.partial(Decoder.extend, config=MODEL, compute=FP32))
-    put = functools.partial(jnp.asarray)
     column, got = 0, []
     for stop in (9, *range(10, 41)):
       part = slice(column, stop)
-      with_sharding = to_device({'t': tokens[:, part], 's': segments[:, part], 'p': positions[:, part], 'ids': segments})
-      h, caches = extend(params, tokens_BT=with_sharding['t'], segment_ids_BT=with_sharding['s'],
-                         positions_BT=with_sharding['p'], caches=caches, cached_ids_BM=with_sharding['ids'], column=put(column))
+      on_mesh = to_device({'t': tokens[:, part], 's': segments[:, part], 'p': positions[:, part], 'ids': segments})
+      h, caches = extend(params, tokens_BT=on_mesh['t'], segment_ids_BT=on_mesh['s'], positions_BT=on_mesh['p'],
+                         caches=caches, cached_ids_BM=on_mesh['ids'], column=jnp.asarray(column))
       got.append(np.asarray(h))
       column = stop
   np.testing.assert_allclose(np.concatenate(got, 1)[segments > 0], full[segments > 0], atol=2e-5)
@@ -187,7 +187,8 @@ def test_greedy_generation_takes_the_likeliest_next_token_and_stops_at_the_end(m
     for prompt, continuation in zip(prompts, out):
       tokens = np.array([prompt + continuation], np.int32)
       ones = np.ones_like(tokens)
-      h = hidden(params, {'tokens': tokens, 'segment_ids': ones, 'positions': np.arange(tokens.shape[1], dtype=np.int32)[None]})
+      positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+      h = hidden(params, {'tokens': tokens, 'segment_ids': ones, 'positions': positions})
       best = np.asarray(params.logits(MODEL, jax.device_put(h, jax.P(None, None, None)))).argmax(-1)[0]
       np.testing.assert_array_equal(best[len(prompt) - 1:-1], continuation)
       assert len(continuation) == 12 or best[-1] == 0

@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
     return self.final_norm(x_BTD, config.norm_eps)
 
   def embed(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT) -> jax.Array:
-    """Embeddings [B, T, D] in the compute dtype. The table is gathered over fsdp; over tensor each part gives what it has."""
+    """Embeddings [B, T, D] in the compute dtype. The table is gathered over fsdp, not over tensor."""
     table_VD = jax.reshard(self.embed_VD[...].astype(compute.dtype), shard('VD', gathered=True))
     x_BTD = table_VD.at[tokens_BT].get(out_sharding=shard('BTD'))
     return x_BTD * config.embed_scale if config.embed_scale != 1.0 else x_BTD
@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
 
 
 def remat(function, policy: str, scanned: bool):
-  """`function` with what its backward pass keeps. Inside a scan, forward and backward are loops of their own: no CSE to prevent."""
+  """`function` with a say in what its backward pass keeps. In a scan forward and backward are two loops: no CSE to prevent."""
   if policy == 'none':
     return function
   saved = {'full': jax.checkpoint_policies.nothing_saveable,
