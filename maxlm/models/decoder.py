@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
 
 
 def remat(function, policy: str, scanned: bool):
-  """`function` with a say in what its backward pass keeps. In a scan forward and backward are two loops: no CSE to prevent."""
+  """`function` with a say in what its backward pass keeps. A scan has two loops, forward and backward: no CSE to prevent."""
   if policy == 'none':
     return function
   saved = {'full': jax.checkpoint_policies.nothing_saveable,
