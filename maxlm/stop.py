@@ -9,7 +9,8 @@ class StopSignal:
   def __enter__(self):
     self.requested = ''  # the signal's name
     self._interrupts = False
-    self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
+    self._before = {number: signal.signal(number, self._handle) for number in numbers}
     return self
 
   def __exit__(self, *_):
@@ -20,15 +21,18 @@ class StopSignal:
     """function(*args), or None where a stop was asked for before it returned: then it is left where it was."""
     try:
       self._interrupts = True
-      return None if self.requested else function(*args)
+      result = None if self.requested else function(*args)
+      return None if self.requested else result
     except KeyboardInterrupt:
       return None
     finally:
       self._interrupts = False
+      signal.setitimer(signal.ITIMER_REAL, 0)
 
   def _handle(self, number, frame):
-    self.requested = signal.Signals(number).name
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if number != signal.SIGALRM:
+      self.requested = signal.Signals(number).name
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
     if self._interrupts:
-      self._interrupts = False
+      signal.setitimer(signal.ITIMER_REAL, 2)  # and again: JAX's callback of the garbage collector may swallow this one
       raise KeyboardInterrupt

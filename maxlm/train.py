@@ -64,7 +64,7 @@ def run(config: Experiment, workdir: Path) -> int:
       setup.checkpoints.close()
       shown = stop.interruptible(finish, setup, state, started)
     if shown is None:
-      say(f'stopped  by {stop.requested} at step {done:,}: saved, the same command goes on from here')
+      say(f'stopped  by {stop.requested} after {done:,} steps, all saved: the same command goes on from there')
       return EXIT_PREEMPTED
     print(shown)
     return 0
@@ -140,7 +140,10 @@ def start_or_resume(config, step_config, workdir: Path, checkpoints: Checkpoints
   if step is None:
     return init(key), {**meta, 'lineage': lineage()}
   saved = checkpoints.meta(step)
-  check_same_run(workdir, saved, meta)
+  check_same_run(workdir, saved['config'], config)
+  if saved['tokenizer'] != meta['tokenizer']:
+    raise ValueError(f'{workdir} was begun with another tokenizer than that of {corpus.directory}: '
+                     'give a new --workdir, or the old --config.data.corpus')
   if step > config.n_steps:
     raise ValueError(f'{workdir} is at step {step:,}, past the {config.n_steps:,} steps of this config: '
                      'raise --config.tokens')
@@ -149,14 +152,11 @@ def start_or_resume(config, step_config, workdir: Path, checkpoints: Checkpoints
   return TrainState(step=jax.device_put(np.int32(step), jax.P()), params=params, opt=opt), {**saved, **meta}
 
 
-def check_same_run(workdir: Path, saved: dict, meta: dict) -> None:
-  """ValueError where model, data or seed are not those the run began with; says what else has changed."""
-  if saved['tokenizer'] != meta['tokenizer']:
-    raise ValueError(f'{workdir} was begun with another tokenizer than that of this corpus: give a new --workdir, '
-                     'or the old --config.data.corpus')
-  old, new = typed_json.flat(saved['config']), typed_json.flat(meta['config'])
+def check_same_run(workdir: Path, saved: dict, config: Experiment) -> None:
+  """ValueError where model, data or seed are not those of the saved config (JSON); says what else has changed."""
+  old, new = typed_json.flat(saved), typed_json.flat(typed_json.encode(config, Experiment))
   for name in sorted(old.keys() | new.keys()):
-    before, after = (config.get(name, 'absent') for config in (old, new))
+    before, after = (values.get(name, 'absent') for values in (old, new))
     if before != after:
       if name.startswith(('model.', 'data.', 'seed')) and name not in ('data.corpus', 'data.recipe'):
         raise ValueError(f'{workdir} was begun with {name}={before} and this config has {after}: '
@@ -212,8 +212,9 @@ class StepLog:
   """The record and the progress line of the steps, each fetched when the next one is on its way."""
 
   def __init__(self, config: Experiment, workdir: Path, sources: tuple[str, ...], first_step: int):
-    self._config, self._sources = config, sources
-    self._writer = MetricsWriter(workdir, resumed_from=first_step or None)
+    self._config, self._workdir, self._sources = config, workdir, sources
+    with writing_to(workdir):
+      self._writer = MetricsWriter(workdir, resumed_from=first_step or None)
     self._progress, self._clock = Progress(config.n_steps), StepClock()
     self._peak = flops.peak_flops(jax.devices()[0])  # FLOP/s of one device
     self._pending = None  # step, metrics on device, FLOPs
@@ -239,7 +240,8 @@ class StepLog:
       values['tokens_per_second'] = self._config.tokens_per_step / seconds
       if self._peak:
         values['mfu'] = step_flops * jax.process_count() / seconds / (self._peak * jax.device_count())
-    self._writer.write(step, values)
+    with writing_to(self._workdir):
+      self._writer.write(step, values)
     self._progress.show(step, values, seconds)
     for name in ('loss', 'grad_norm'):
       if not math.isfinite(values[name]):
@@ -249,8 +251,9 @@ class StepLog:
   def evaluation(self, step: int, scores: dict[str, Score]) -> None:
     """Records held-out loss and bits per byte of each source and of all."""
     scores = {**scores, 'all': total(scores)}
-    self._writer.write(step, {f'eval/{name}/{source}': getattr(score, name)
-                              for source, score in scores.items() for name in ('loss', 'bits_per_byte')})
+    with writing_to(self._workdir):
+      self._writer.write(step, {f'eval/{name}/{source}': getattr(score, name)
+                                for source, score in scores.items() for name in ('loss', 'bits_per_byte')})
     self._progress.print(f'held out at step {step:,}: ' + '  '.join(
       f'{source} {score.bits_per_byte:.3f}' for source, score in scores.items()) + '  bits per byte')
     self._clock.pause()
@@ -273,7 +276,8 @@ def finish(setup: Setup, state: TrainState, started: float) -> str:
   summary = {'steps': config.n_steps, 'seconds': round(time.time() - started, 1),
              'bits_per_byte': {source: s.bits_per_byte for source, s in {**scores, 'all': total(scores)}.items()},
              'baselines': simple}
-  write_atomically(setup.workdir / 'DONE', json.dumps(summary, indent=2) + '\n')
+  with writing_to(setup.workdir):
+    write_atomically(setup.workdir / 'DONE', json.dumps(summary, indent=2) + '\n')
   return report(setup.workdir, scores, simple, samples, summary['seconds'])
 
 
@@ -304,17 +308,21 @@ def report(workdir: Path, scores: dict[str, Score], simple: dict, samples: list[
 
 
 def is_done(workdir: Path, config: Experiment) -> bool:
-  """Whether the run has ended with as many steps as are asked for."""
+  """Whether the run has ended with as many steps as are asked for. ValueError if it was another run."""
   done = workdir / 'DONE'
-  return done.exists() and json.loads(done.read_text())['steps'] >= config.n_steps
+  if not done.exists() or json.loads(done.read_text())['steps'] < config.n_steps:
+    return False
+  check_same_run(workdir, json.loads((workdir / 'config.json').read_text()), config)
+  return True
 
 
 @contextlib.contextmanager
 def writing_to(workdir: Path):
+  """OSErrors inside it name the workdir."""
   try:
     yield
   except OSError as error:
-    raise OSError(f'cannot write to {workdir} ({error.strerror}): mend that, or give another --workdir') from error
+    raise OSError(f'cannot write to {workdir} ({error.strerror}): give another --workdir') from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -29,6 +29,7 @@ from maxlm.checkpoint import Checkpoints
 from maxlm.config import Experiment
 from maxlm.sharding import MeshConfig, make_mesh
 from maxlm.step import init_state
+from maxlm.stop import StopSignal
 from tests.make_corpus import make_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -214,7 +215,8 @@ def test_sigterm_saves_and_exits_75_and_a_rerun_ends_with_the_same_bits(referenc
   assert process.wait(60) == train.EXIT_PREEMPTED, said(process)
   step = Checkpoints(tmp_path / 'run' / 'checkpoints').latest()
   assert len(losses(tmp_path / 'run')) == step < N_STEPS
-  assert said(process).splitlines()[-1] == f'stopped  by SIGTERM at step {step}: saved, the same command goes on from here'
+  assert said(process).splitlines()[-1] == (f'stopped  by SIGTERM after {step} steps, all saved: '
+                                           'the same command goes on from there')
   process = start(corpus, tmp_path / 'run')
   assert process.wait(300) == 0, said(process)
   assert_same_run(tmp_path / 'run', reference, mesh_of)
@@ -311,10 +313,25 @@ def test_sigterm_is_acted_on_wherever_the_loop_is(short_run, corpus, tmp_path, m
       assert train.run(short_config(corpus), tmp_path / 'run') == train.EXIT_PREEMPTED
   assert time.monotonic() - began < 50
   assert Checkpoints(tmp_path / 'run' / 'checkpoints').latest() == saved_at
-  assert capfd.readouterr().err.splitlines()[-1].startswith(f'stopped  by SIGTERM at step {saved_at}: saved')
+  assert capfd.readouterr().err.splitlines()[-1].startswith(f'stopped  by SIGTERM after {saved_at} steps, all saved')
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the context is over
   assert train.run(short_config(corpus), tmp_path / 'run') == 0
   assert_same_run(tmp_path / 'run', short_run, mesh_of)
+
+
+def test_a_stop_comes_again_where_it_was_swallowed():
+  """As JAX's callback of the garbage collector does, in whose place a signal may arrive."""
+  def swallowing():
+    with contextlib.suppress(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+  with StopSignal() as stop:
+    assert stop.interruptible(max, 1, 2) == 2
+    began = time.monotonic()
+    assert stop.interruptible(swallowing) is None and time.monotonic() - began < 30
+    assert stop.requested == 'SIGTERM' and stop.interruptible(max, 1, 2) is None
+  assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_other_meshes_give_the_losses_of_one_device_also_when_resumed(reference, corpus, tmp_path, monkeypatch):
@@ -410,10 +427,10 @@ def test_a_corpus_that_is_not_one_is_refused(corpus, tmp_path, monkeypatch, capf
   assert files_of(tmp_path / 'run') == {}
 
 
-@pytest.mark.parametrize('remove', [[], ['config.json']], ids=['', 'its config.json is gone'])
+@pytest.mark.parametrize('remove', [[], ['DONE'], ['DONE', 'config.json']], ids=['finished', 'unfinished', 'no config.json'])
 def test_a_workdir_of_another_run_is_refused_and_left_as_it_is(reference, corpus, tmp_path, monkeypatch, capfd, remove):
   run = tmp_path / 'run'
-  shutil.copytree(reference, run, ignore=shutil.ignore_patterns('DONE', *remove))
+  shutil.copytree(reference, run, ignore=shutil.ignore_patterns(*remove))
   before = files_of(run)
   for change, cause in (
       ('model.d_model=128', 'begun with model.d_model=64 and this config has 128'),
