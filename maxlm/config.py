@@ -93,7 +93,7 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
 
 def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
   """ValueError unless every split dimension divides by the mesh axes it is split over."""
-  for axis in ('expert', 'context'):
+  for axis in (*RULES['E'], *RULES['T']):
     if sizes[axis] > 1:
       raise ValueError(f'mesh.{axis}={sizes[axis]}: no layer of this version is split over {axis}; set it to 1')
   dims = {'model.vocab_size': ('V', config.model.vocab_size), 'model.d_model': ('D', config.model.d_model)}

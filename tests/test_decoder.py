@@ -124,7 +124,8 @@ def test_how_it_is_computed_does_not_change_loss_or_gradients(mesh_of, change):
     loss_a, grads_a = gradients(params, batch, model)
     loss_b, grads_b = gradients(params, batch, model, dataclasses.replace(FP32, **change))
   assert loss_a == pytest.approx(loss_b, rel=1e-6)
-  assert_same_gradients(grads_a, grads_b, 1e-5)
+  # Another kernel sums in another order; eight layers of random weights make 1.6e-5 of that in fp32.
+  assert_same_gradients(grads_a, grads_b, 5e-5 if 'kernel' in change else 1e-5)
 
 
 def test_weights_do_not_know_how_layers_are_scanned(mesh_of):
