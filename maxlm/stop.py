@@ -1,6 +1,9 @@
 """SIGTERM and Ctrl-C, acted on where nothing is lost."""
 
 import signal
+import sys
+
+NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
 
 
 class StopSignal:
@@ -9,12 +12,13 @@ class StopSignal:
   def __enter__(self):
     self.requested = ''  # the signal's name
     self._interrupts = False
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
-    self._before = {number: signal.signal(number, self._handle) for number in numbers}
+    self._handlers = [signal.signal(number, self._handle) for number in NUMBERS]
+    self._hook, sys.unraisablehook = sys.unraisablehook, self._lost
     return self
 
   def __exit__(self, *_):
-    for number, handler in self._before.items():
+    sys.unraisablehook = self._hook
+    for number, handler in zip(NUMBERS, self._handlers):
       signal.signal(number, handler)
 
   def interruptible(self, function, *args):
@@ -34,5 +38,11 @@ class StopSignal:
       self.requested = signal.Signals(number).name
       signal.signal(signal.SIGINT, signal.SIG_DFL)
     if self._interrupts:
-      signal.setitimer(signal.ITIMER_REAL, 2)  # and again: JAX's callback of the garbage collector may swallow this one
       raise KeyboardInterrupt
+
+  def _lost(self, unraisable):
+    """An interrupt that hits a callback, as JAX has one in the garbage collector, ends there: it comes again."""
+    if self._interrupts and unraisable.exc_type is KeyboardInterrupt:
+      signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+      self._hook(unraisable)
