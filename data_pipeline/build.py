@@ -13,11 +13,15 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
+import importlib.util
 import pathlib
 import platform
 import shutil
 import sys
 import time
+
+if __name__ == '__main__' and not all(map(importlib.util.find_spec, ('pyarrow', 'resiliparse', 'xxhash'))):
+  sys.exit("error: building a corpus needs the data extra: pip install -e '.[data]' (training on one does not)")
 
 from data_pipeline import documents, pack, rows, selection, shards, tokenizer
 from data_pipeline import recipe as recipes
