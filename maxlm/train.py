@@ -301,7 +301,7 @@ def report(workdir: Path, scores: dict[str, Score], simple: dict, samples: list[
                     f'Finished in {duration(seconds)}. Try next:',
                     f'  python -m maxlm.generate --checkpoint={workdir} --prompt="To create a table"',
                     f'  python -m maxlm.evaluate --checkpoint={workdir}',
-                    f'  tensorboard --logdir={workdir}/tensorboard'])
+                    '  python -m maxlm.train --help'])
 
 
 # -- small things
