@@ -1,6 +1,6 @@
 """1.14B parameters, llama-shaped, for sixteen v5e chips.
 
-    python -m maxlm.train --config=configs/dense_1b.py --config.data.corpus=gs://BUCKET/corpus
+    python -m maxlm.train --config=configs/dense_1b.py --config.data.corpus=DIR
 
 Not yet run on hardware: the contract test type-checks its step on the abstract pod.
 """

@@ -1,6 +1,6 @@
 """Llama 3 8B's shape (Grattafiori et al. 2024, arXiv 2407.21783, table 3), for a v5p cube of 64 chips.
 
-    python -m maxlm.train --config=configs/llama3_8b.py --config.data.corpus=gs://BUCKET/corpus
+    python -m maxlm.train --config=configs/llama3_8b.py --config.data.corpus=DIR
 
 Not yet run on hardware: the contract test type-checks its step on the abstract pod.
 """

@@ -118,7 +118,10 @@ def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   model, compute = config.model, config.compute.resolve(platform)
   kinds = [('full' if layer.attention.window is None else f'window {layer.attention.window}') for layer in model.pattern]
   devices = jax.devices()
-  return (f'model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers ({", ".join(kinds)}), '
+  meant = ''
+  if config.pod and len(devices) != config.pod_devices:
+    meant = f'pod      meant for {config.pod}, {config.pod_devices} devices; this machine has {len(devices)}\n'
+  return (f'{meant}model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers ({", ".join(kinds)}), '
           f'width {model.d_model}, vocabulary {model.vocab_size}\n'
           f'compute  {len(devices)} x {devices[0].device_kind}, {compute.dtype}, attention kernel {compute.kernel}, '
           f'remat {compute.remat}\n'
