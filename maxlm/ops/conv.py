@@ -1,0 +1,34 @@
+"""Short causal convolution of each channel by itself, over packed documents, then SiLU: what recurrent mixers put before
+their recurrence (Mamba, arXiv 2312.00752; Gated DeltaNet, arXiv 2412.06464).
+
+B batch  T time  W taps, the last one for the token itself  N, H channels: heads and what is in one  J = W - 1 tokens before
+"""
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.sharding import spec
+
+
+def conv_silu(x_BTNH: jax.Array, w_WNH: jax.Array, bias_NH: jax.Array | None, starts_BT: jax.Array,
+              tail_BJNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(silu(sum_w w[w] x[t - (W - 1) + w] + bias) in the dtype of x, the tail of the next call in that of the tail).
+
+  A token sees those of its own document. starts: bool, a document starts at this token. tail: the W - 1 inputs before the
+  first one, those of another document than the last of them as zeros. K heads of Q channels are split as N of H are.
+  """
+  return jax.shard_map(
+    _conv_silu, in_specs=(spec('BTNH'), spec('WNH'), spec('NH'), spec('BT'), spec('BJNH')),
+    out_specs=(spec('BTNH'), spec('BJNH')))(x_BTNH, w_WNH, bias_NH, starts_BT, tail_BJNH)
+
+
+def _conv_silu(x_BTNH, w_WNH, bias_NH, starts_BT, tail_BJNH):
+  T, W = x_BTNH.shape[1], w_WNH.shape[0]
+  all_inputs = jnp.concatenate([tail_BJNH.astype(x_BTNH.dtype), x_BTNH], axis=1)
+  document = jnp.pad(jnp.cumsum(starts_BT, axis=1), ((0, 0), (W - 1, 0)))  # 0 in the tail
+  y_BTNH = 0.0 if bias_NH is None else bias_NH
+  for tap in range(W):
+    same_BT11 = (document[:, tap:tap + T] == document[:, W - 1:])[..., None, None]
+    y_BTNH += jnp.where(same_BT11, all_inputs[:, tap:tap + T], 0).astype(jnp.float32) * w_WNH[tap]
+  tail_BJNH = jnp.where((document[:, T:] == document[:, -1:])[..., None, None], all_inputs[:, T:], 0).astype(tail_BJNH.dtype)
+  return jax.nn.silu(y_BTNH).astype(x_BTNH.dtype), tail_BJNH
