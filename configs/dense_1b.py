@@ -11,13 +11,15 @@ from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
 from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.mlp import MlpSpec
+from maxlm.layers.rope import RopeSpec
 from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, LayerSpec
 from maxlm.optim import OptimConfig
 
 
 def get_config(arg: str = '') -> Experiment:
-  layer = LayerSpec(attention=AttentionSpec(n_heads=16, n_kv_heads=8, head_dim=128, rope_theta=500_000.0, qk_norm=True),
+  layer = LayerSpec(mixer=AttentionSpec(n_heads=16, n_kv_heads=8, head_dim=128, rope=RopeSpec(theta=500_000.0),
+                                        qk_norm='head'),
                     mlp=MlpSpec(d_ff=8192))
   return Experiment(
     name='dense_1b',

@@ -17,7 +17,7 @@ from maxlm.optim import OptimConfig
 
 def get_config(arg: str = '') -> Experiment:
   def layer(window):
-    return LayerSpec(attention=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=64, window=window, qk_norm=True),
+    return LayerSpec(mixer=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=64, window=window, qk_norm='head'),
                      mlp=MlpSpec(d_ff=768))
   return Experiment(
     name='quickstart',

@@ -17,11 +17,11 @@ from maxlm.optim import OptimConfig
 
 
 def get_config(arg: str = '') -> Experiment:
-  plain = LayerSpec(attention=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=16), mlp=MlpSpec(d_ff=128))
-  sliding = LayerSpec(attention=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=16, window=24, qk_norm=True, qkv_bias=True,
+  plain = LayerSpec(mixer=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=16), mlp=MlpSpec(d_ff=128))
+  sliding = LayerSpec(mixer=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=16, window=24, qk_norm='head', qkv_bias=True,
                                               out_bias=True, softcap=20.0, sinks=True),
                       mlp=MlpSpec(d_ff=96, activation='relu2', gated=False, bias=True), norm='sandwich')
-  post = LayerSpec(attention=AttentionSpec(n_heads=4, n_kv_heads=4, head_dim=16, rope_theta=None),
+  post = LayerSpec(mixer=AttentionSpec(n_heads=4, n_kv_heads=4, head_dim=16, rope=None),
                    mlp=MlpSpec(d_ff=128, activation='gelu'), norm='post')
   return Experiment(
     name='tiny',

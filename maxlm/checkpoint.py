@@ -6,7 +6,7 @@
     params, opt = checkpoints.restore(checkpoints.latest(), params_like, opt_like)
 
 A thin layer over Orbax v1. DIRECTORY/STEP/ holds `params` and `opt` (arrays under plain dotted names such as
-`stacks.0.attention.w_q_DNH`, so that no file depends on a class of Flax or optax, nor on the mesh) and `meta` (JSON).
+`stacks.0.mixer.w_q_DNH`, so that no file depends on a class of Flax or optax, nor on the mesh) and `meta` (JSON).
 A step counts only with its commit_success.txt, on every kind of storage: what a kill or a half-finished copy leaves
 behind is neither listed, nor loaded, nor counted among those to keep, and a later save of that step replaces it.
 """
@@ -63,13 +63,13 @@ class Checkpoints:
   def save(self, step: int, *, params, opt, meta: dict[str, Any]) -> None:
     """Starts to save, and returns when the arrays have left the device; waits for an earlier save to end first.
 
-    A step that is committed is not saved again. OSError with the reason if the earlier save failed, or if this one
+    opt: None where there are parameters only. A step that is committed is not saved again. OSError with the reason if the earlier save failed, or if this one
     cannot be started.
     """
     self.wait()
     if step in self.steps():
       return
-    items = {'params': named_leaves(params), 'opt': named_leaves(opt), 'meta': meta}
+    items = {'params': named_leaves(params), 'opt': named_leaves(opt), 'meta': meta}  # None has no leaves
     with self._failures_of(step):
       if self._checkpointer is None:
         self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every)
@@ -112,6 +112,10 @@ class Checkpoints:
     """The JSON that was saved with the step."""
     return self._load(step, {'meta': None})['meta']
 
+  def dtypes(self, step: int) -> dict[str, Any]:
+    """The dtype that each parameter of a step is stored in."""
+    return {name: saved.dtype for name, saved in self._saved(step, 'params').items()}
+
   def restore_params(self, step: int, like):
     """The parameters of a step, as a tree like `like`: see `restore`."""
     return self._restore(step, {'params': like})['params']
@@ -127,15 +131,19 @@ class Checkpoints:
 
   def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
     targets = {item: {name: _target(leaf) for name, leaf in named_leaves(like).items()} for item, like in likes.items()}
-    path = self.path(step)
-    saved = _orbax().checkpointables_metadata(path).metadata
     for item, target in targets.items():
-      if saved.get(item, {}) is None:
-        raise self._damaged(path, f'the description of its {item} cannot be read')
-      _check_same_shapes(path, saved.get(item, {}), target)
+      _check_same_shapes(self.path(step), self._saved(step, item), target)
     loaded = self._load(step, {item: target for item, target in targets.items() if target})
     return {item: jax.tree.unflatten(jax.tree.structure(like), [loaded[item][name] for name in targets[item]])
             for item, like in likes.items()}
+
+  def _saved(self, step: int, item: str) -> dict[str, Any]:
+    """Orbax's description of the arrays of 'params' or 'opt': what was empty was not saved."""
+    path = self.path(step)
+    saved = _orbax().checkpointables_metadata(path).metadata.get(item, {})
+    if saved is None:
+      raise self._damaged(path, f'the description of its {item} cannot be read')
+    return saved
 
   def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
     path = self.path(step)
@@ -195,7 +203,7 @@ def code_version() -> str:
 
 
 def named_leaves(tree) -> dict[str, Any]:
-  """{'stacks.0.attention.w_q_DNH': leaf}: the leaves under their dotted paths, in the tree's order."""
+  """{'stacks.0.mixer.w_q_DNH': leaf}: the leaves under their dotted paths, in the tree's order."""
   named = {}
   for path, leaf in jax.tree.leaves_with_path(tree):
     parts = [str(getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', None)))) for key in path]

@@ -5,6 +5,7 @@ Each dataclass lives beside the part it configures; here they are composed and c
 (`--config.model.n_layers=4`), and what was run is written to `config.json` in the workdir.
 """
 
+import collections
 import dataclasses
 import math
 
@@ -13,8 +14,10 @@ import jax
 from maxlm.checkpoint import CheckpointConfig
 from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
+from maxlm.layers.attention import AttentionSpec
+from maxlm.layers.mlp import MlpSpec
 from maxlm.losses import LossConfig
-from maxlm.models.decoder import ComputeConfig, DecoderConfig
+from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions
 from maxlm.ops.attention import check_attention
 from maxlm.optim import OptimConfig
 from maxlm.sharding import AXES, RULES, MeshConfig
@@ -78,16 +81,15 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
       raise ValueError(f'data.mixture[{source!r}]={weight}: weights are whole numbers from 1; leave a source out to skip it')
   compute = config.compute.resolve(platform)
   for i, layer in enumerate(model.pattern):
-    attention = layer.attention
-    where = f'model.pattern[{i}].attention'
-    if attention.n_heads % attention.n_kv_heads:
-      raise ValueError(f'{where}.n_heads={attention.n_heads} is not a multiple of n_kv_heads={attention.n_kv_heads}')
-    if attention.rope_theta is not None and attention.head_dim % 2:
-      raise ValueError(f'{where}.head_dim={attention.head_dim} must be even for rotary positions')
-    if attention.window is not None and attention.window < 1:
-      raise ValueError(f'{where}.window={attention.window} must be at least 1 (1: only the token itself); None is no window')
-    check_attention(compute.kernel, platform, window=attention.window, softcap=attention.softcap, sinks=attention.sinks,
-                    head_dim=attention.head_dim, seq_len=data.seq_len, dtype=compute.dtype)
+    if not layer.parts:
+      raise ValueError(f'model.pattern[{i}] has neither a mixer nor an mlp')
+    for name, part in layer.parts.items():
+      part.check(f'model.pattern[{i}].{name}')
+    for attention in attentions(layer.mixer):
+      check_attention(compute.kernel, platform, window=attention.window, softcap=attention.softcap,
+                      sinks=attention.sinks, head_dim=attention.head_dim, seq_len=data.seq_len, dtype=compute.dtype)
+  if model.max_positions is not None and data.seq_len > model.max_positions:
+    raise ValueError(f'data.seq_len={data.seq_len} is more than the {model.max_positions} positions of the model')
   _check_mesh(config, dict(zip(AXES, config.mesh.shape(n_devices))))
 
 
@@ -98,9 +100,8 @@ def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
       raise ValueError(f'mesh.{axis}={sizes[axis]}: no layer of this version is split over {axis}; set it to 1')
   dims = {'model.vocab_size': ('V', config.model.vocab_size), 'model.d_model': ('D', config.model.d_model)}
   for i, layer in enumerate(config.model.pattern):
-    dims |= {f'model.pattern[{i}].attention.n_heads': ('N', layer.attention.n_heads),
-             f'model.pattern[{i}].attention.n_kv_heads': ('K', layer.attention.n_kv_heads),
-             f'model.pattern[{i}].mlp.d_ff': ('F', layer.mlp.d_ff)}
+    dims |= {f'model.pattern[{i}].{name}.{field}': split
+             for name, part in layer.parts.items() for field, split in part.split_dims().items()}
   for name, (dim, size) in dims.items():
     parts = math.prod(sizes[axis] for axis in RULES[dim])
     if size % parts:
@@ -116,14 +117,25 @@ def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
 def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   """The lines a run starts with: what will be computed, how, and on what."""
   model, compute = config.model, config.compute.resolve(platform)
-  kinds = [('full' if layer.attention.window is None else f'window {layer.attention.window}') for layer in model.pattern]
+  kinds = collections.Counter(' + '.join(map(kind_of, layer.parts.values())) for layer in model.layers)
   devices = jax.devices()
   meant = ''
   if config.pod and len(devices) != config.pod_devices:
     meant = f'pod      meant for {config.pod}, {config.pod_devices} devices; this machine has {len(devices)}\n'
-  return (f'{meant}model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers ({", ".join(kinds)}), '
+  return (f'{meant}model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers '
+          f'({", ".join(f"{n} x {kind}" for kind, n in kinds.items())}), '
           f'width {model.d_model}, vocabulary {model.vocab_size}\n'
           f'compute  {len(devices)} x {devices[0].device_kind}, {compute.dtype}, attention kernel {compute.kernel}, '
           f'remat {compute.remat}\n'
           f'steps    {config.n_steps:,} of {config.data.batch_size} x {config.data.seq_len} = '
           f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step:,} tokens in all')
+
+
+def kind_of(part) -> str:
+  """A part of a layer in a word or two."""
+  match part:
+    case AttentionSpec(window=window):
+      return 'full attention' if window is None else f'window {window}'
+    case MlpSpec(d_ff=d_ff):
+      return f'mlp {d_ff}'
+  return type(part).__name__.removesuffix('Spec').lower()

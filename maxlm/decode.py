@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from maxlm.layers.rows import Past
+from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig, empty_caches
 from maxlm.sharding import axis_size, spec
 
 
@@ -50,8 +51,8 @@ def _generate(model, compute, max_tokens, temperature, top_p, eot, params, token
               positions_BT, key):
   B, T = tokens_BT.shape
   ids_BM = jnp.concatenate([segment_ids_BT, jnp.ones((B, max_tokens), jnp.int32, out_sharding=spec('BM'))], axis=1)
-  caches = params.empty_caches(model, compute, B, T + max_tokens)
-  hidden_BTD, caches = params.extend(model, compute, tokens_BT, segment_ids_BT, positions_BT, caches, ids_BM, 0)
+  caches = empty_caches(model, compute, B, T + max_tokens)
+  hidden_BTD, caches = params.extend(model, compute, tokens_BT, segment_ids_BT, positions_BT, caches, Past(ids_BM, 0))
 
   def pick(hidden_BTD, i):
     logits_BV = params.logits(model, hidden_BTD[:, -1:])[:, 0]
@@ -63,7 +64,7 @@ def _generate(model, compute, max_tokens, temperature, top_p, eot, params, token
     out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, jnp.where(done_B, eot, token_B)[:, None], i, 1)
     ones_B1 = jnp.ones((B, 1), jnp.int32, out_sharding=spec('BM'))
     hidden_BTD, caches = params.extend(model, compute, token_B[:, None], ones_B1, positions_BT[:, -1:] + 1 + i, caches,
-                                       ids_BM, T + i)
+                                       Past(ids_BM, T + i))
     return i + 1, pick(hidden_BTD, i + 1), caches, out_BT, done_B
 
   out_BT = jnp.full((B, max_tokens), eot, jnp.int32, out_sharding=spec('BM'))

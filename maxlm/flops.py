@@ -5,13 +5,14 @@ arXiv 2204.02311, appendix B). Attention is counted by the pairs that the mask l
 windows included, so packed rows and sliding layers are not over-reported.
 """
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.models.decoder import DecoderConfig, LayerSpec
+from maxlm.models.decoder import DecoderConfig
 
 # Dense bf16 FLOP/s of one JAX device, by the start of its device_kind. TPUs: cloud.google.com/tpu/docs system pages;
 # a TPU7x chip shows as two devices. GPUs: NVIDIA data sheets, without sparsity.
@@ -22,16 +23,11 @@ PEAK_FLOPS = {
 }
 
 
-def layer_matmul_params(layer: LayerSpec, d_model: int) -> int:
-  """Weights of one layer that multiply activations."""
-  attention, mlp = layer.attention, layer.mlp
-  projections = 2 * attention.n_heads + 2 * attention.n_kv_heads
-  return d_model * attention.head_dim * projections + d_model * mlp.d_ff * (3 if mlp.gated else 2)
-
-
 def matmul_params(model: DecoderConfig) -> int:
-  """Weights that multiply activations: all but norms, biases and the embedding's look-up; the head counts."""
-  return model.d_model * model.vocab_size + sum(layer_matmul_params(layer, model.d_model) for layer in model.layers)
+  """Weights that multiply a token's activations: all but norms, biases, the embedding's look-up and experts that a token is
+  not sent to; the head counts."""
+  return model.d_model * model.vocab_size + sum(
+    part.matmul_params(model.d_model) for layer in model.layers for part in layer.parts.values())
 
 
 def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | None) -> int:
@@ -45,11 +41,9 @@ def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | 
 def train_flops(model: DecoderConfig, batch: dict[str, np.ndarray]) -> float:
   """FLOPs of one training step on a host's batch of packed rows (numpy: positions, segment_ids). Padding is not work."""
   tokens = int((batch['segment_ids'] > 0).sum())
-  pairs = {window: visible_pairs(batch['positions'], batch['segment_ids'], window)
-           for window in {layer.attention.window for layer in model.pattern}}
-  scores = sum(4 * layer.attention.n_heads * layer.attention.head_dim * pairs[layer.attention.window]
-               for layer in model.layers)
-  return 3.0 * (2 * matmul_params(model) * tokens + scores)
+  pairs = functools.cache(lambda window: visible_pairs(batch['positions'], batch['segment_ids'], window))
+  mixing = sum(layer.mixer.mixing_flops(tokens, pairs) for layer in model.layers if layer.mixer is not None)
+  return 3.0 * (2 * matmul_params(model) * tokens + mixing)
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -1,8 +1,9 @@
 """A tree of dataclasses <-> JSON, strictly: whatever does not fit its annotation is refused by its dotted path.
 
-The annotations are the schema: bool, int, float, str, None, Literal, tuple, list, dict[str, …], dataclasses, and
-unions of these. In a union of several dataclasses an object carries {"type": "ClassName"}, looked up only among the
-classes of that union: no registry, nothing is imported or executed on behalf of a file.
+A key that is missing takes its default: a field added later has the default that means 'as before', so that what was
+written before it still reads. The annotations are the schema: bool, int, float, str, None, Literal, tuple, list,
+dict[str, …], dataclasses, and unions of these. In a union of several dataclasses an object carries {"type": "ClassName"},
+looked up only among the classes of that union: no registry, nothing is imported or executed on behalf of a file.
 """
 
 import dataclasses
@@ -114,10 +115,10 @@ def _decode_dataclass(plain: dict[str, Any], classes: list[type], path: str):
   for name in given:
     if name not in names:
       raise ValueError(f'{_join(path, name)}: unknown key of {cls.__name__}')
-  for name in names:
-    if name not in given:
-      raise ValueError(f'{_join(path, name)}: missing key of {cls.__name__}')
-  return cls(**{name: decode(given[name], hints[name], _join(path, name)) for name in names})
+  for field in dataclasses.fields(cls):
+    if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
+      raise ValueError(f'{_join(path, field.name)}: missing key of {cls.__name__}')
+  return cls(**{name: decode(given[name], hints[name], _join(path, name)) for name in names if name in given})
 
 
 def _options(annotation) -> tuple:

@@ -47,12 +47,12 @@ def test_flops_of_a_step_are_those_of_its_products(mesh_of):
     params = jax.eval_shape(lambda: Decoder(MODEL, jax.random.key(0)))
     forward = product_flops(jax.make_jaxpr(loss)(params, to_device(batch)).jaxpr)
     with_backward = product_flops(jax.make_jaxpr(jax.value_and_grad(loss))(params, to_device(batch)).jaxpr)
-  heads = sum(layer.attention.n_heads * layer.attention.head_dim for layer in MODEL.layers)
+  heads = sum(layer.mixer.n_heads * layer.mixer.head_dim for layer in MODEL.layers)
   assert forward == 2 * flops.matmul_params(MODEL) * tokens + 4 * heads * pairs
   assert with_backward == 3 * forward
-  windows = [layer.attention.window for layer in MODEL.layers]
+  windows = [layer.mixer.window for layer in MODEL.layers]
   seen = [3 * sum(min(i + 1, window or 64) for i in range(64)) for window in windows]
-  scores = sum(4 * layer.attention.n_heads * layer.attention.head_dim * n for layer, n in zip(MODEL.layers, seen))
+  scores = sum(4 * layer.mixer.n_heads * layer.mixer.head_dim * n for layer, n in zip(MODEL.layers, seen))
   assert flops.train_flops(MODEL, batch) == 3 * (2 * flops.matmul_params(MODEL) * tokens + scores)
 
 

@@ -195,7 +195,7 @@ BREAKS = [
   (check_imports, 'maxlm/ops/attention.py', 'import tokamax'),
   (check_imports, 'launch/tpu.py', 'import maxlm.config'),
   (check_layers, 'maxlm/sharding.py', 'from maxlm.ops import einsum'),
-  (check_layers, 'maxlm/ops/xent.py', 'from maxlm.layers.norm import RmsNorm'),
+  (check_layers, 'maxlm/ops/xent.py', 'from maxlm.layers.norm import Norm'),
   (check_layers, 'maxlm/losses.py', 'from maxlm.optim import optimizer'),
   (check_layers, 'maxlm/flops.py', 'from maxlm import metrics'),
   (check_layers, 'maxlm/step.py', 'def f():\n  from maxlm import train'),
@@ -232,7 +232,7 @@ def test_rule_finds_what_breaks_it(rule, path, source):
 
 KEEPS = [
   (check_imports, 'maxlm/ops/attention.py', 'def kernel():\n  import tokamax'),
-  (check_layers, 'maxlm/layers/attention.py', 'from maxlm.layers.norm import RmsNorm\nfrom maxlm.ops import xent'),
+  (check_layers, 'maxlm/layers/attention.py', 'from maxlm.layers.norm import Norm\nfrom maxlm.ops import xent'),
   (check_layers, 'maxlm/metrics.py', 'from maxlm import flops, typed_json'),
   (check_layers, 'maxlm/generate.py', 'from maxlm import decode, train\nfrom maxlm.plan import topology'),
   (check_axes, 'maxlm/train.py', "log['data'] = config.data; name = checkpoint_name(x, 'context')"),

@@ -436,7 +436,7 @@ def test_a_workdir_of_another_run_is_refused_and_left_as_it_is(reference, corpus
   for change, cause in (
       ('model.d_model=128', 'begun with model.d_model=64 and this config has 128'),
       ('model.n_layers=2', 'begun with model.n_layers=5 and this config has 2'),
-      ('model.pattern[0].attention.window=7', 'begun with model.pattern[0].attention.window=24'),
+      ('model.pattern[0].mixer.window=7', 'begun with model.pattern[0].mixer.window=24'),
       ('data.batch_size=16', 'begun with data.batch_size=8'),
       ("data.mixture={'stories': 1}", 'begun with data.mixture.inventories=1 and this config has absent'),
       ('seed=1', 'begun with seed=0 and this config has 1')):

@@ -59,13 +59,17 @@ def test_round_trip_shares_nothing():
   assert again.pattern[1].mixer.window is None and layer.mixer.window is None
 
 
+def test_a_missing_key_takes_its_default():
+  assert typed_json.loads('{"name": "old", "clip": 2.0}', Experiment) == Experiment(name='old', clip=2.0)
+
+
 def test_a_whole_number_is_a_float_where_a_float_is_due():
   assert type(typed_json.loads(typed_json.dumps(Experiment(clip=1)), Experiment).clip) is float
 
 
 @pytest.mark.parametrize('change, message', [
   (lambda plain: plain.update(nam='x'), "nam: unknown key of Experiment"),
-  (lambda plain: plain.pop('betas'), 'betas: missing key of Experiment'),
+  (lambda plain: plain['pattern'][0].pop('mixer'), 'pattern[0].mixer: missing key of Layer'),
   (lambda plain: plain.update(clip='1'), "clip: expected float or None, got '1'"),
   (lambda plain: plain.update(clip=True), 'clip: expected float or None, got True'),
   (lambda plain: plain.update(tied=1), 'tied: expected bool, got 1'),

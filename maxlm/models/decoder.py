@@ -1,37 +1,51 @@
 """The decoder: embeddings, a pattern of layers, a head.
 
-An architecture is a value, `DecoderConfig`: layer i is `pattern[i % len(pattern)]`. The weights of all layers that have
-the same shapes are stacked along L in layer order, whatever their pattern is, so a checkpoint does not know how its
-layers were scanned; the forward pass scans over periods of the pattern and unrolls what is left over.
+An architecture is a value, `DecoderConfig`: layer i is `pattern[i % len(pattern)]`, and a layer is a mixer of tokens and
+an MLP, either of which may be missing. The weights of all layers that have the same shapes are stacked along L in layer
+order, whatever their pattern is, so a checkpoint does not know how its layers were scanned; the forward pass scans over
+what repeats (`runs`) and unrolls the rest.
 
-B batch  T query time  S key time  D width  V vocabulary  L layers  M cache length
+B batch  T query time  S key time  D width  V vocabulary  L layers  M cache length  P learned positions
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxlm.layers.attention import Attention, AttentionSpec, Cache, Rows
-from maxlm.layers.mlp import Mlp, MlpSpec
-from maxlm.layers.norm import RmsNorm
+from maxlm.layers.attention import AttentionSpec
+from maxlm.layers.mlp import MlpSpec
+from maxlm.layers.norm import Norm, NormSpec
 from maxlm.layers.param import normal
-from maxlm.layers.rope import rope_table
+from maxlm.layers.rope import RopeSpec, rope_table
+from maxlm.layers.rows import Past, Rows, rope_key
 from maxlm.sharding import spec as shard
+
+Mixer = AttentionSpec
+FeedForward = MlpSpec
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LayerSpec:
-  """One layer: attention, then an MLP, each added to the residual stream.
+  """One layer: a mixer of tokens, then an MLP, each added to the residual stream; None leaves one out.
 
-  norm: 'pre' normalises what goes into a sublayer, 'post' what comes out of it (OLMo 2), 'sandwich' both (Gemma 2).
+  norm: 'pre' normalises what goes into a sublayer, 'post' what comes out of it (OLMo 2), 'sandwich' both (Gemma 2);
+  'carried' is 'pre' with the normalised state as the residual stream (MiniMax-01). mixer_scales, mlp_scales: factors on
+  the stream and on what the sublayer adds to it.
   """
 
-  attention: AttentionSpec
-  mlp: MlpSpec
-  norm: Literal['pre', 'post', 'sandwich'] = 'pre'
+  mixer: Mixer | None
+  mlp: FeedForward | None
+  norm: Literal['pre', 'post', 'sandwich', 'carried'] = 'pre'
+  mixer_scales: tuple[float, float] = (1.0, 1.0)
+  mlp_scales: tuple[float, float] = (1.0, 1.0)
+
+  @property
+  def parts(self) -> dict:
+    """The sublayers that are there, by name."""
+    return {name: part for name, part in (('mixer', self.mixer), ('mlp', self.mlp)) if part is not None}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -39,7 +53,9 @@ class DecoderConfig:
   """The architecture. Shapes are here and in the layers of the pattern, nothing about speed.
 
   vocab_size: at least the tokenizer's. pattern: layer i is pattern[i % len(pattern)]. tied_embeddings: the head is the
-  transposed embedding. embed_scale: factor on embeddings (Gemma: sqrt(d_model)). logits_softcap: c * tanh(logits / c).
+  transposed embedding. embed_scale: factor on embeddings (Gemma: sqrt(d_model)). logits_scale: factor on logits.
+  logits_softcap: c * tanh(logits / c), after the factor. norm: of layers and the end, of queries and keys. max_positions:
+  a learned vector for each position is added to the embeddings (GPT-2).
   """
 
   vocab_size: int
@@ -48,8 +64,10 @@ class DecoderConfig:
   pattern: tuple[LayerSpec, ...]
   tied_embeddings: bool = False
   embed_scale: float = 1.0
+  logits_scale: float = 1.0
   logits_softcap: float | None = None
-  norm_eps: float = 1e-6
+  norm: NormSpec = dataclasses.field(default_factory=NormSpec)
+  max_positions: int | None = None
 
   @property
   def layers(self) -> list[LayerSpec]:
@@ -79,36 +97,54 @@ class ComputeConfig:
 class Layer(nnx.Module):
   """Weights of one layer, or of L stacked ones."""
 
-  def __init__(self, spec: LayerSpec, d_model: int, rngs: nnx.Rngs):
-    self.attention = Attention(spec.attention, d_model, rngs)
-    self.mlp = Mlp(spec.mlp, d_model, rngs)
-    if spec.norm in ('pre', 'sandwich'):
-      self.attention_pre_norm = RmsNorm(d_model)
-      self.mlp_pre_norm = RmsNorm(d_model)
-    if spec.norm in ('post', 'sandwich'):
-      self.attention_post_norm = RmsNorm(d_model)
-      self.mlp_post_norm = RmsNorm(d_model)
+  def __init__(self, spec: LayerSpec, d_model: int, norm: NormSpec, rngs: nnx.Rngs):
+    before, after = spec.norm != 'post', spec.norm in ('post', 'sandwich')
+    if spec.mixer is not None:
+      self.mixer = spec.mixer.build(d_model, norm, rngs)
+      self.mixer_pre_norm = Norm(norm, d_model) if before else None
+      self.mixer_post_norm = Norm(norm, d_model) if after else None
+    if spec.mlp is not None:
+      self.mlp = spec.mlp.build(d_model, norm, rngs)
+      self.mlp_pre_norm = Norm(norm, d_model) if before else None
+      self.mlp_post_norm = Norm(norm, d_model) if after else None
 
   def __call__(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows) -> jax.Array:
-    return self._residual(spec, x_BTD, rows.norm_eps, lambda h_BTD: self.attention(spec.attention, h_BTD, rows))
+    if spec.mixer is not None:
+      x_BTD = self._mix(spec, x_BTD, rows, lambda h_BTD: self.mixer(spec.mixer, h_BTD, rows))
+    return self._feed_forward(spec, x_BTD, rows)
 
-  def extend(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows, cache: Cache, cached_ids_BM, column):
-    """As `__call__` for new tokens that continue those in the cache: (x, cache)."""
+  def extend(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows, cache, past: Past):
+    """As `__call__` for new tokens that continue those in the mixer's cache: (x, cache)."""
 
-    def attend(h_BTD):
+    def mix(h_BTD):
       nonlocal cache
-      y_BTD, cache = self.attention.extend(spec.attention, h_BTD, rows, cache, cached_ids_BM, column)
+      y_BTD, cache = self.mixer.extend(spec.mixer, h_BTD, rows, cache, past)
       return y_BTD
 
-    return self._residual(spec, x_BTD, rows.norm_eps, attend), cache
+    if spec.mixer is not None:
+      x_BTD = self._mix(spec, x_BTD, rows, mix)
+    return self._feed_forward(spec, x_BTD, rows), cache
 
-  def _residual(self, spec, x_BTD, eps, attend):
-    with jax.named_scope('attention'):
-      h_BTD = attend(x_BTD if spec.norm == 'post' else self.attention_pre_norm(x_BTD, eps))
-      x_BTD = x_BTD + (h_BTD if spec.norm == 'pre' else self.attention_post_norm(h_BTD, eps))
+  def _mix(self, spec, x_BTD, rows, mix):
+    with jax.named_scope('mixer'):
+      return residual(x_BTD, mix, spec, spec.mixer_scales, rows.norm, self.mixer_pre_norm, self.mixer_post_norm)
+
+  def _feed_forward(self, spec, x_BTD, rows):
+    if spec.mlp is None:
+      return x_BTD
     with jax.named_scope('mlp'):
-      h_BTD = self.mlp(spec.mlp, x_BTD if spec.norm == 'post' else self.mlp_pre_norm(x_BTD, eps))
-      return x_BTD + (h_BTD if spec.norm == 'pre' else self.mlp_post_norm(h_BTD, eps))
+      return residual(x_BTD, lambda h_BTD: self.mlp(spec.mlp, h_BTD), spec, spec.mlp_scales, rows.norm,
+                      self.mlp_pre_norm, self.mlp_post_norm)
+
+
+def residual(x_BTD, sublayer, spec: LayerSpec, scales, norm: NormSpec, pre_norm: Norm | None, post_norm: Norm | None):
+  """What is left in the stream after a sublayer was added to it."""
+  h_BTD = x_BTD if pre_norm is None else pre_norm(norm, x_BTD)
+  y_BTD = sublayer(h_BTD)
+  if post_norm is not None:
+    y_BTD = post_norm(norm, y_BTD)
+  stream_BTD = h_BTD if spec.norm == 'carried' else x_BTD
+  return stream_BTD + y_BTD if scales == (1.0, 1.0) else stream_BTD * scales[0] + y_BTD * scales[1]
 
 
 class Decoder(nnx.Module):
@@ -122,46 +158,68 @@ class Decoder(nnx.Module):
     self.embed_VD = normal(rngs, 'VD', (V, D), D**-0.5 if config.tied_embeddings else 1.0)
     if not config.tied_embeddings:
       self.unembed_DV = normal(rngs, 'DV', (D, V), D**-0.5)
-    self.final_norm = RmsNorm(D)
+    if config.max_positions is not None:
+      self.positions_PD = normal(rngs, 'PD', (config.max_positions, D), 0.02)
+    self.final_norm = Norm(config.norm, D)
     keys_L = jax.vmap(lambda i: jax.random.fold_in(layer_key, i))(jnp.arange(config.n_layers))
     stack_of = stack_of_layer(config)
     self.stacks = nnx.List([
-      jax.vmap(lambda key: Layer(config.layers[members[0]], D, nnx.Rngs(key)))(keys_L[jnp.array(members)])
+      jax.vmap(lambda key: Layer(config.layers[members[0]], D, config.norm, nnx.Rngs(key)))(keys_L[jnp.array(members)])
       for members in ([i for i, s in enumerate(stack_of) if s == stack] for stack in range(max(stack_of) + 1))])
 
   def hidden(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT) -> jax.Array:
     """Final hidden states [B, T, D] of packed rows, normalised, ready for the head. `compute` is resolved."""
-    rows = self._rows(config, segment_ids_BT, positions_BT, compute.kernel)
-    x_BTD = self.embed(config, compute, tokens_BT)
-    period, stack_of = len(config.pattern), stack_of_layer(config)
-    n_periods, n_rest = divmod(config.n_layers, period)
-    per_period = [stack_of[:period].count(s) if n_periods else 0 for s in range(len(self.stacks))]
+    rows = rows_for(config, compute, segment_ids_BT, positions_BT)
+    x_BTD = self.embed(config, compute, tokens_BT, positions_BT)
+    stack_of, taken = stack_of_layer(config), [0] * len(self.stacks)
+    for run in runs(config):
+      members = range(run.first, run.first + run.period)
+      n_each = [sum(stack_of[i] == s for i in members) for s in range(len(self.stacks))]
+      scanned = run.repeats > compute.unroll
 
-    def run(x_BTD, stacks, first, count, scanned):
-      """Layers first..first+count of a period, whose weights are the leading entries of each stack."""
-      weights = [iter(unstack(stack, stack_of[first:first + count].count(s))) for s, stack in enumerate(stacks)]
-      for i in range(first, first + count):
-        layer_spec = config.layers[i]
-        apply = remat(lambda layer, x_BTD, layer_spec=layer_spec: layer(layer_spec, x_BTD, rows), compute.remat, scanned)
-        x_BTD = apply(next(weights[stack_of[i]]), x_BTD)
-      return x_BTD
+      def period(x_BTD, stacks, members=members, n_each=n_each, scanned=scanned):
+        """One period of the run, whose weights are all entries of each stack."""
+        weights = [iter(unstack(stack, n)) for stack, n in zip(stacks, n_each)]
+        for i in members:
+          apply = remat(lambda layer, x_BTD, spec=config.layers[i]: layer(spec, x_BTD, rows), compute.remat, scanned)
+          x_BTD = apply(next(weights[stack_of[i]]), x_BTD)
+        return x_BTD
 
-    if n_periods:
-      in_periods = [jax.tree.map(lambda w, n=n: w[:n * n_periods].reshape(n_periods, n, *w.shape[1:]), stack)
-                    for stack, n in zip(self.stacks, per_period)]
-      scanned = compute.unroll < n_periods
-      x_BTD, _ = jax.lax.scan(lambda x_BTD, stacks: (run(x_BTD, stacks, 0, period, scanned), None),
-                              x_BTD, in_periods, unroll=min(compute.unroll, n_periods))
-    if n_rest:
-      left_over = [jax.tree.map(lambda w, n=n: w[n * n_periods:], stack) for stack, n in zip(self.stacks, per_period)]
-      x_BTD = run(x_BTD, left_over, n_periods * period, n_rest, False)
-    return self.final_norm(x_BTD, config.norm_eps)
+      stacks = [jax.tree.map(lambda w, t=t, n=n: w[t:t + n * run.repeats].reshape(run.repeats, n, *w.shape[1:]), stack)
+                for stack, t, n in zip(self.stacks, taken, n_each)]
+      x_BTD, _ = jax.lax.scan(lambda x_BTD, stacks, period=period: (period(x_BTD, stacks), None), x_BTD, stacks,
+                              unroll=min(compute.unroll, run.repeats))
+      taken = [t + n * run.repeats for t, n in zip(taken, n_each)]
+    return self._finish(config, x_BTD)
 
-  def embed(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT) -> jax.Array:
+  def extend(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT, caches: list,
+             past: Past) -> tuple[jax.Array, list]:
+    """`hidden` of T new tokens that continue the cached ones, and the caches, one a layer."""
+    rows = rows_for(config, compute, segment_ids_BT, positions_BT)
+    x_BTD = self.embed(config, compute, tokens_BT, positions_BT)
+    weights = [iter(unstack(stack, count)) for stack, count in zip(self.stacks, stack_sizes(config))]
+    new_caches = []
+    for layer_spec, stack, cache in zip(config.layers, stack_of_layer(config), caches):
+      x_BTD, cache = next(weights[stack]).extend(layer_spec, x_BTD, rows, cache, past)
+      new_caches.append(cache)
+    return self._finish(config, x_BTD), new_caches
+
+  def embed(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, positions_BT) -> jax.Array:
     """Embeddings [B, T, D] in the compute dtype. The table is gathered over fsdp, not over tensor."""
-    table_VD = jax.reshard(self.embed_VD[...].astype(compute.dtype), shard('VD', gathered=True))
-    x_BTD = table_VD.at[tokens_BT].get(out_sharding=shard('BTD'))
-    return x_BTD * config.embed_scale if config.embed_scale != 1.0 else x_BTD
+    def look_up(table, dims, index_BT):
+      table = jax.reshard(table.astype(compute.dtype), shard(dims, gathered=True))
+      return table.at[index_BT].get(out_sharding=shard('BTD'))
+
+    x_BTD = look_up(self.embed_VD[...], 'VD', tokens_BT)
+    if config.embed_scale != 1.0:
+      x_BTD *= config.embed_scale
+    if config.max_positions is not None:
+      x_BTD += look_up(self.positions_PD[...], 'PD', positions_BT)
+    return x_BTD
+
+  def _finish(self, config, x_BTD):
+    x_BTD = self.final_norm(config.norm, x_BTD)
+    return x_BTD * config.logits_scale if config.logits_scale != 1.0 else x_BTD
 
   def head_DV(self) -> jax.Array:
     """The matrix [D, V] from hidden states to logits."""
@@ -176,28 +234,70 @@ class Decoder(nnx.Module):
       logits_BTV = config.logits_softcap * jnp.tanh(logits_BTV / config.logits_softcap)
     return logits_BTV
 
-  def extend(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT, caches,
-             cached_ids_BM, column) -> tuple[jax.Array, list[Cache]]:
-    """Hidden states of T new tokens that continue the cached ones from `column` on, and the caches, one a layer."""
-    rows = self._rows(config, segment_ids_BT, positions_BT, compute.kernel)
-    x_BTD = self.embed(config, compute, tokens_BT)
-    weights = [iter(unstack(stack, count)) for stack, count in zip(self.stacks, stack_sizes(config))]
-    new_caches = []
-    for layer_spec, stack, cache in zip(config.layers, stack_of_layer(config), caches):
-      x_BTD, cache = next(weights[stack]).extend(layer_spec, x_BTD, rows, cache, cached_ids_BM, column)
-      new_caches.append(cache)
-    return self.final_norm(x_BTD, config.norm_eps), new_caches
 
-  def empty_caches(self, config: DecoderConfig, compute: ComputeConfig, batch: int, length: int) -> list[Cache]:
-    """Zeroed caches for `batch` rows of `length` tokens, one a layer."""
-    def zeros(a):
-      return jnp.zeros((batch, length, a.n_kv_heads, a.head_dim), compute.dtype, out_sharding=shard('BMKH'))
-    return [Cache(zeros(layer.attention), zeros(layer.attention)) for layer in config.layers]
+def empty_caches(config: DecoderConfig, compute: ComputeConfig, batch: int, length: int) -> list:
+  """What the mixers remember of `batch` rows of up to `length` tokens before the first one: one cache a layer."""
+  return [layer.mixer and layer.mixer.empty_cache(batch, length, compute.dtype) for layer in config.layers]
 
-  def _rows(self, config, segment_ids_BT, positions_BT, kernel) -> Rows:
-    kinds = {(layer.attention.head_dim, layer.attention.rope_theta) for layer in config.pattern}
-    tables = {kind: rope_table(positions_BT, *kind) for kind in sorted(kinds, key=str) if kind[1] is not None}
-    return Rows(segment_ids_BT, tables, kernel, config.norm_eps)
+
+def rows_for(config: DecoderConfig, compute: ComputeConfig, segment_ids_BT, positions_BT) -> Rows:
+  """What the layers are told of the rows; each table of angles is made once."""
+  turned = {rope_key(*rope): rope for layer in config.pattern for rope in ropes(layer.mixer)}
+  tables = {key: rope_table(positions_BT, *rope) for key, rope in turned.items()}
+  return Rows(segment_ids_BT, positions_BT, tables, compute.kernel, config.norm)
+
+
+def attentions(mixer: Mixer | None) -> list[AttentionSpec]:
+  """The attention layers that a mixer consists of."""
+  match mixer:
+    case AttentionSpec():
+      return [mixer]
+  return []
+
+
+def ropes(mixer: Mixer | None) -> list[tuple[RopeSpec, int]]:
+  """The rotations a mixer uses, with the dims of a head that each is for."""
+  return [(attention.rope, attention.head_dim) for attention in attentions(mixer) if attention.rope is not None]
+
+
+class Run(NamedTuple):
+  """Layers first, first + 1, … of which `period` in a row come `repeats` times."""
+
+  first: int
+  period: int
+  repeats: int
+
+
+# In a pattern that is written out, fewer repeats are not worth a loop: it makes the compiler copy what layers keep for
+# the backward pass.
+FEWEST_REPEATS = 4
+
+
+def runs(config: DecoderConfig) -> list[Run]:
+  """All layers, in order, as runs: the periods of a pattern that repeats, or what repeats within one that does not."""
+  n = config.n_layers
+  repeats, rest = divmod(n, len(config.pattern))
+  if repeats > 1:
+    return [Run(0, len(config.pattern), repeats)] + ([Run(n - rest, rest, 1)] if rest else [])
+  kinds = [config.pattern.index(layer) for layer in config.layers]
+  found, i = [], 0
+  while i < n:
+    def repeated(period):
+      count = 1
+      while kinds[i + count * period:i + (count + 1) * period] == kinds[i:i + period]:
+        count += 1
+      return Run(i, period, count)
+
+    best = max(map(repeated, range(1, n - i + 1)), key=lambda run: run.period * (run.repeats - 1))
+    if best.repeats >= FEWEST_REPEATS:
+      found.append(best)
+    elif found and found[-1].repeats == 1:
+      found[-1] = best = Run(found[-1].first, found[-1].period + 1, 1)
+    else:
+      best = Run(i, 1, 1)
+      found.append(best)
+    i = best.first + best.period * best.repeats
+  return found
 
 
 def remat(function, policy: str, scanned: bool):
@@ -213,7 +313,7 @@ def stack_of_layer(config: DecoderConfig) -> list[int]:
   """For each layer, the stack that holds its weights: one stack for all layers whose weights have the same shapes."""
   shapes, stack_of_spec = [], []
   for layer_spec in config.pattern:
-    weights = jax.eval_shape(lambda s=layer_spec: Layer(s, config.d_model, nnx.Rngs(0)))
+    weights = jax.eval_shape(lambda s=layer_spec: Layer(s, config.d_model, config.norm, nnx.Rngs(0)))
     shape = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
     if shape not in shapes:
       shapes.append(shape)

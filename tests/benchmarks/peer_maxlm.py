@@ -17,7 +17,7 @@ from maxlm.step import StepConfig, init_state, train_step
 TOKENS = worker.BATCH * worker.SEQ_LEN
 CONFIG = StepConfig(
   model=DecoderConfig(vocab_size=worker.VOCAB, d_model=worker.D_MODEL, n_layers=worker.N_LAYERS, pattern=(LayerSpec(
-    attention=AttentionSpec(n_heads=worker.N_HEADS, n_kv_heads=worker.N_HEADS, head_dim=worker.HEAD_DIM),
+    mixer=AttentionSpec(n_heads=worker.N_HEADS, n_kv_heads=worker.N_HEADS, head_dim=worker.HEAD_DIM),
     mlp=MlpSpec(d_ff=worker.D_FF)),)),
   compute=ComputeConfig(unroll=worker.N_LAYERS).resolve('cpu'),
   optim=OptimConfig(peak_lr=worker.LEARNING_RATE, b1=worker.BETA1, b2=worker.BETA2, eps=worker.EPS,
