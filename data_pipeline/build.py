@@ -2,12 +2,14 @@
 
     python -m data_pipeline.build --recipe=quickstart --out=DIR
     python -m data_pipeline.build --recipe=my_recipe.py --out=DIR --seq_lens=512,4096
+    python -m data_pipeline.build --recipe=sft:chats.jsonl --tokenizer=runs/quickstart --out=DIR
 
 Run again, it goes on where it was killed, rebuilds what a changed recipe, input or program touches, and leaves a finished
 corpus alone. docs/data.md shows what lies in DIR and how to write a recipe.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -19,11 +21,12 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 
 if __name__ == '__main__' and not all(map(importlib.util.find_spec, ('pyarrow', 'resiliparse', 'xxhash'))):
   sys.exit("error: building a corpus needs the data extra: pip install -e '.[data]' (training on one does not)")
 
-from data_pipeline import documents, pack, rows, selection, shards, tokenizer
+from data_pipeline import chat, documents, pack, rows, selection, shards, tokenizer
 from data_pipeline import recipe as recipes
 from data_pipeline.recipe import Recipe, SourceUnavailable, load_recipe
 from data_pipeline.runners import LocalRunner
@@ -71,6 +74,7 @@ class _Build:
   def __init__(self, recipe: Recipe, root: pathlib.Path, runner: LocalRunner):
     self.recipe, self.root, self.runner = recipe, root, runner
     self.key = _corpus_key(recipe)
+    self.formats = {source.name: source.chats for source in recipe.sources if hasattr(source, 'chats')}
     self.old = _manifest_of(root)
     self.seq_lens = sorted({*recipe.seq_lens, *(self.old['seq_lens'] if self.old else ())})
     self.records_used = set()  # those of single shards of documents only bridge a killed build, and go when it ends
@@ -143,15 +147,17 @@ class _Build:
   def _selection(self, units: list[dict]) -> dict:
     """Stage 2: the record of all verdicts."""
     recipe, paths = self.recipe, [unit['files'][0]['path'] for unit in units]
-    key = shards.key_of(_hashes(units), recipe.min_bytes, recipe.validation_fraction, shards.code_of(selection))
+    chats = [unit['source'] in self.formats for unit in units]
+    key = shards.key_of(_hashes(units), chats, recipe.min_bytes, recipe.validation_fraction, shards.code_of(chat, selection))
     record = self._recorded('selection', key)
     if record is None:
       self._retire_manifest()
-      record = selection.select(self.root, paths, 'selection', key, min_bytes=recipe.min_bytes,
+      record = selection.select(self.root, paths, 'selection', key, chats=chats, min_bytes=recipe.min_bytes,
                                 validation_fraction=recipe.validation_fraction)
-    counts = {verdict: _total(record['counts'], verdict) for verdict in selection.VERDICTS}
+    counts = _verdicts(record['counts'])
     _say(f'2/4 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out; dropped '
          f'{counts["duplicate"]:,} exact duplicates and {counts["short"]:,} shorter than {recipe.min_bytes} bytes')
+    _say_dropped('no conversation', {reason: n for reason, n in counts.items() if reason not in selection.VERDICTS})
     if not counts['train']:
       raise ValueError(f'recipe {recipe.name}: no document is left to train on: see {self.root / "selection"}')
     return record
@@ -160,38 +166,60 @@ class _Build:
     """Stage 3: the record of the tokenizer."""
     _say('3/4 tokenizer')
     size, started = self.recipe.vocab_size, time.monotonic()
-    key = shards.key_of(_hashes(units), _hashes([chosen]), size, shards.code_of(tokenizer, selection))
+    given = self.recipe.tokenizer
+    inputs = _tokenizer_key(given) if given else (_hashes(units), _hashes([chosen]), size)
+    key = shards.key_of(inputs, shards.code_of(chat, tokenizer, selection))
     record = self._recorded('tokenizer', key)
     done_before = record is not None
     if not done_before:
       self._retire_manifest()
-      texts = (text for unit in units for text in selection.read_split(self.root, unit['files'][0]['path'], 'train'))
-      record = tokenizer.train(self.root, texts, 'tokenizer', key, vocab_size=size)
-    fewer = f', not {size:,}: the text has no more pairs to merge' if record['vocab_size'] < size else ''
-    _say(f'    {record["vocab_size"]:,} tokens{fewer}')
+      record = (tokenizer.adopt(self.root, given, 'tokenizer', key) if given else
+                tokenizer.train(self.root, self._words(units), 'tokenizer', key, vocab_size=size))
+    fewer = f', not {size:,}: the text has no more pairs to merge' if record['vocab_size'] < size and not given else ''
+    _say(f'    {record["vocab_size"]:,} tokens{f", as in {given}" if given else fewer}')
     _say(_BEFORE if done_before else f'    in {time.monotonic() - started:.1f} s')
     return record
+
+  def _words(self, units: list[dict]) -> Iterator[str]:
+    """What a tokenizer is trained on."""
+    for unit in units:
+      texts = selection.read_split(self.root, unit['files'][0]['path'], 'train')
+      yield from map(chat.words, texts) if unit['source'] in self.formats else texts
 
   def _rows(self, units: list[dict], chosen: dict, vocabulary: dict, seq_len: int) -> list[dict]:
     """Stage 4: shards of rows of one length."""
     _say(f'4/4 rows of {seq_len}')
-    started, code = time.monotonic(), shards.code_of(pack, rows, tokenizer, selection)
-    tasks = []
+    started, code = time.monotonic(), shards.code_of(chat, pack, rows, tokenizer, selection)
+    ends, tasks = (vocabulary['bos'], vocabulary['eot']), []
     for unit, verdicts in zip(units, chosen['files']):
-      key = shards.key_of(_hashes([unit]), verdicts['xxh3'], vocabulary['sha256'], seq_len, code)
+      how = self.formats.get(unit['source'])
+      chats = None if how is None else (self._chat_template(vocabulary), how.too_long)
+      key = shards.key_of(_hashes([unit]), verdicts['xxh3'], vocabulary['sha256'], ends, chats, seq_len, code)
       path = unit['files'][0]['path']
-      tasks.append((f'rows-{seq_len}-{unit["source"]}-{len(tasks):05d}', key, unit['source'], path, seq_len))
+      tasks.append((f'rows-{seq_len}-{unit["source"]}-{len(tasks):05d}', key, unit['source'], path, seq_len, *ends, chats))
     done_before = None not in [self._recorded(*task[:2]) for task in tasks]
-    written = [shard for record in self._run_tasks(rows.write_shards, tasks) for shard in record['shards']]
+    records = self._run_tasks(rows.write_shards, tasks)
+    written = [shard for record in records for shard in record['shards']]
     for source in self.recipe.sources:
       for split in (selection.TRAIN, selection.VALIDATION):
         if mine := [shard for shard in written if (shard['source'], shard['split']) == (source.name, split)]:
-          fill = _total(mine, 'tokens') / _total(mine, 'rows') / seq_len
+          fill = _total(mine, 'positions') / _total(mine, 'rows') / seq_len
           _say(f'    {source.name:20} {split:10} {_total(mine, "rows"):9,} rows {_total(mine, "tokens"):12,} tokens'
                f'   {fill:.2%} full')
+    dropped = _verdicts([reasons for record in records for reasons in record['dropped'].values()])
+    _say_dropped(f'conversations that do not become rows of {seq_len}', dropped)
+    if not any(shard['split'] == selection.TRAIN for shard in written):
+      raise ValueError(f'recipe {self.recipe.name}: no conversation is left for rows of {seq_len} tokens: {dict(dropped)}')
     _say(_BEFORE if done_before else
          f'    {_rate(_total(written, "tokens") / 1e6, "M tokens", time.monotonic() - started)}')
     return written
+
+  def _chat_template(self, vocabulary: dict) -> str:
+    """In Jinja: of the recipe's file, or the tokenizer's own, or ours."""
+    named = {how.template for how in self.formats.values()} - {''}
+    if len(named) > 1:
+      raise ValueError(f'recipe {self.recipe.name}: its sources name {len(named)} chat templates; a model has one')
+    return pathlib.Path(*named).read_text(encoding='utf-8') if named else vocabulary['chat_template'] or chat.OURS
 
   def _manifest(self, sources: list[dict], chosen: dict, vocabulary: dict, packed: list[dict]) -> dict:
     counts, per_source = iter(chosen['counts']), {}
@@ -200,7 +228,7 @@ class _Build:
       mine = [shard for shard in packed if shard['source'] == source.name and shard['seq_len'] == self.seq_lens[0]]
       per_source[source.name] = {
         'lineage': [unit['lineage'] for unit in record['units']],
-        'documents': {verdict: _total(verdicts, verdict) for verdict in selection.VERDICTS},
+        'documents': _verdicts(verdicts),
         **{split: {fact: _total([shard for shard in mine if shard['split'] == split], fact)
                    for fact in ('documents', 'text_bytes', 'tokens')}
            for split in (selection.TRAIN, selection.VALIDATION)}}
@@ -209,19 +237,27 @@ class _Build:
     return {
       'format': shards.FORMAT, 'recipe': recipes.describe(self.recipe), 'key': self.key, 'code': _code_version(),
       'seq_lens': self.seq_lens,
-      'vocab_size': vocabulary['vocab_size'], 'eot': vocabulary['eot'], 'tokenizer_sha256': vocabulary['sha256'],
+      **{fact: vocabulary[fact] for fact in ('vocab_size', 'bos', 'eot')}, 'tokenizer_sha256': vocabulary['sha256'],
+      'chat_template': self._chat_template(vocabulary) if self.formats else None,
       'sources': per_source, 'rows': packed, 'files': [file for part in parts for file in part['files']] + row_files,
       'made_with': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in _LIBRARIES}}}
 
 
 def _corpus_key(recipe: Recipe) -> str:
   """What decides a corpus but for its row lengths, which can be added, and the fallback, which is a corpus of its own."""
-  facts = recipes.describe(dataclasses.replace(recipe, seq_lens=(), fallback=None))
-  return shards.key_of(facts, [_source_key(source) for source in recipe.sources], _code_version())
+  facts = recipes.describe(dataclasses.replace(recipe, seq_lens=(), fallback=None, tokenizer=''))
+  given = _tokenizer_key(recipe.tokenizer) if recipe.tokenizer else None
+  return shards.key_of(facts, given, [_source_key(source) for source in recipe.sources], _code_version())
 
 
 def _code_version() -> str:
-  return shards.code_of(documents, selection, tokenizer, pack, rows)
+  return shards.code_of(chat, documents, selection, tokenizer, pack, rows)
+
+
+def _tokenizer_key(given: str) -> str:
+  """Of a tokenizer that is not trained here: what it is, not where."""
+  file, facts = tokenizer.facts_of(given)
+  return shards.key_of(shards.sha256_file(file), facts)
 
 
 def _source_key(source) -> str:
@@ -291,6 +327,16 @@ def _total(records: list[dict], fact: str) -> int:
   return sum(record.get(fact, 0) for record in records)
 
 
+def _verdicts(counts: list[dict]) -> collections.Counter:
+  """How many documents in all, by what became of them."""
+  return sum(map(collections.Counter, counts), collections.Counter())
+
+
+def _say_dropped(what: str, reasons: dict) -> None:
+  if reasons:
+    _say(f'    {what}: ' + ', '.join(f'{n:,} x {reason}' for reason, n in sorted(reasons.items())))
+
+
 def _rate(amount: float, unit: str, seconds: float) -> str:
   return f'{amount:.2f} {unit} in {seconds:.1f} s: {amount / max(seconds, 1e-9):.2f} {unit.split()[0]}/s'
 
@@ -314,6 +360,8 @@ def _parse(argv) -> argparse.Namespace:
   parser.add_argument('--out', required=True, type=pathlib.Path, help='directory of the corpus: new, empty, or built before')
   parser.add_argument('--seq_lens', help="row lengths to pack, e.g. 512 or 512,4096 (default: the recipe's); "
                       'lengths that the corpus already has are kept')
+  parser.add_argument('--tokenizer', help='use this tokenizer, of the model to train further, instead of training one: the '
+                      'workdir of a run, or any folder with a tokenizer.json')
   parser.add_argument('--workers', type=int, help='processes (default: one a core)')
   return parser.parse_args(argv)
 
@@ -324,6 +372,8 @@ def main(argv=None) -> int:
     recipe = load_recipe(arguments.recipe)
     if arguments.seq_lens:
       recipe = dataclasses.replace(recipe, seq_lens=_parse_lengths(arguments.seq_lens))
+    if arguments.tokenizer:
+      recipe = recipe.with_tokenizer(arguments.tokenizer)
     build(recipe, arguments.out, workers=arguments.workers)
   except (ValueError, OSError) as error:
     _say(f'error: {(isinstance(error, OSError) and not error.filename and error.strerror) or error}')

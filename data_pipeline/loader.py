@@ -32,12 +32,14 @@ def open_corpus(directory, seq_len: int) -> 'Corpus':
 
 
 class Corpus:
-  """Rows of one length of a corpus. sources: names; vocab_size, eot, tokenizer_path, tokenizer_sha256: of its tokenizer."""
+  """Rows of one length of a corpus. sources: names; vocab_size, bos, eot, tokenizer_path, tokenizer_sha256: of its
+  tokenizer; chat_template: of its conversations (`chat.Template.source`), None where there are none."""
 
   def __init__(self, directory: pathlib.Path, seq_len: int):
     manifest = shards.read_manifest(directory)
     self.directory, self.seq_len = directory, seq_len
-    self.vocab_size, self.eot = manifest['vocab_size'], manifest['eot']
+    self.vocab_size, self.bos, self.eot = manifest['vocab_size'], manifest['bos'], manifest['eot']
+    self.chat_template = manifest['chat_template']
     self.tokenizer_path, self.tokenizer_sha256 = directory / 'tokenizer.json', manifest['tokenizer_sha256']
     self.sources = tuple(manifest['sources'])
     self._facts = manifest['sources']
@@ -55,16 +57,16 @@ class Corpus:
     return self.table(source, split).n_rows
 
   def tokens(self, source: str, split: str = 'train') -> int:
-    """Targets of an epoch: the tokens of the documents and an end of text for each."""
+    """Targets of an epoch that are trained on: the tokens of the documents and an end of text for each, or the answers'."""
     return self._facts[source][split]['tokens']
 
   def text_bytes(self, source: str, split: str = 'train') -> int:
-    """Bytes (utf-8) of the text of an epoch."""
+    """Bytes (utf-8) of the text that these stand for."""
     return self._facts[source][split]['text_bytes']
 
   @functools.cached_property
   def token_bytes(self) -> np.ndarray:
-    """int32 [vocab_size]: bytes of text each token stands for, 0 for the end of text: for bits per byte."""
+    """int32 [vocab_size]: bytes of text each token stands for, 0 for special ones: for bits per byte."""
     return tokenizer.token_bytes(tokenizer.load(self.tokenizer_path))
 
   def table(self, source: str, split: str) -> '_Table':
@@ -98,6 +100,7 @@ class _Table:
     self._paths = [directory / entry['path'] for entry in entries]
     self._ends = np.cumsum([entry['rows'] for entry in entries], dtype=np.int64)
     self.n_rows = int(self._ends[-1]) if entries else 0
+    self.masked = any(entry['masked'] for entry in entries)  # of one source: all are, or none is
     self._readers, self._lock = {}, threading.Lock()
 
   def read(self, indices: np.ndarray) -> list[bytes]:
@@ -142,6 +145,7 @@ class _HostBatches:
     self._rows_a_host = batch_size // n_hosts
     self._first = index * self._rows_a_host
     self._n_rows = np.array([max(table.n_rows, 1) for table in self._tables], np.int64)
+    self._masked = np.array([table.masked for table in self._tables])
     self._keys = np.array([shuffle.key_of(seed, f'{name}/{split}') for name in schedule.sources], np.uint64)
     self._seq_len, self._dtype = corpus.seq_len, pack.token_dtype(corpus.vocab_size)
 
@@ -160,7 +164,8 @@ class _HostBatches:
       here, = np.nonzero(sources == source)
       for place, record in zip(here.tolist(), self._tables[source].read(rows[here])):
         records[place] = record
-    return {**pack.decode_rows(records, self._seq_len, self._dtype), 'source': sources.astype(np.int32)}
+    batch = pack.decode_rows(records, self._seq_len, self._dtype, self._masked[sources])
+    return {**batch, 'source': sources.astype(np.int32)}
 
 
 class BatchIterator:
@@ -190,9 +195,10 @@ def batches(corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size:
             host: tuple[int, int] = (0, 1), split: str = 'train', num_threads: int = 2) -> BatchIterator:
   """Batches from global row `cursor` on, for host (index, count) of a global batch of batch_size rows.
 
-  Each: {tokens, targets, segment_ids, positions: int32 [rows, seq_len], source: int32 [rows], into schedule.sources}, rows =
-  batch_size / hosts. It ends where fewer than batch_size rows of the schedule are left. num_threads: prefetch threads
-  (0: none), without effect on what is read. ValueError with one line for a mixture or batch that does not fit.
+  Each: {tokens, targets, segment_ids, positions, loss_mask: int32 [rows, seq_len], source: int32 [rows], into
+  schedule.sources}, rows = batch_size / hosts. It ends where fewer than batch_size rows of the schedule are left.
+  num_threads: prefetch threads (0: none), without effect on what is read. ValueError with one line for a mixture or batch
+  that does not fit.
   """
   source = _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=cursor, host=host, split=split)
   return BatchIterator(source, cursor, batch_size, num_threads)
@@ -220,8 +226,8 @@ def validation_batches(corpus: Corpus, source: str, batch_size: int, limit_rows:
   rows_a_host, dtype = batch_size // n_hosts, pack.token_dtype(corpus.vocab_size)
   for start in range(index * rows_a_host, n_rows + index * rows_a_host, batch_size):
     records = table.read(order[start:start + rows_a_host])
-    batch = pack.decode_rows(records, corpus.seq_len, dtype) if records else {
-      name: np.zeros((0, corpus.seq_len), np.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
+    batch = pack.decode_rows(records, corpus.seq_len, dtype, table.masked) if records else {
+      name: np.zeros((0, corpus.seq_len), np.int32) for name in pack.FIELDS}
     padding = ((0, rows_a_host - len(records)), (0, 0))
     yield {**{name: np.pad(value, padding) for name, value in batch.items()},
            'source': np.full(rows_a_host, corpus.sources.index(source), np.int32)}

@@ -1,17 +1,19 @@
 """Documents of tokens -> rows of exactly L positions, and the bytes of a row.
 
-A document t1..tn is the stream [EOT, t1..tn, EOT]: n+1 positions, each with the next token as its target. A stream longer
+A document is a stream of tokens [EOT, t1..tn, EOT]: n+1 positions, each with the next token as its target. A stream longer
 than L positions is cut into pieces, never truncated: a piece's last target is the next piece's first token. Pieces are
 packed best-fit-decreasing into bins of L (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3).
 
 A row's record is its L tokens (uint16 or uint32, little-endian, 0 where the bin was not filled) followed by a pair of
-uint32 (length, next token) for each segment: fixed-size first, so a batch is decoded without a loop over rows.
+uint32 (length, next token) for each segment: fixed-size first, so a batch is decoded without a loop over rows. Where only
+some targets are trained on, a mask lies in between: a bit a position, in ceil(L/8) bytes, the first position highest.
 """
 
 import dataclasses
 
 import numpy as np
 
+FIELDS = ('tokens', 'targets', 'segment_ids', 'positions', 'loss_mask')  # of a batch, each [rows, positions]
 _PAIR = np.dtype('<u4')
 
 
@@ -22,25 +24,32 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclasses.dataclass(slots=True)
 class Pieces:
-  """Documents laid end to end in one stream, and where it was cut: piece i is stream[start[i]:][:length[i]]."""
+  """Streams laid end to end, and where they were cut: piece i is the positions stream[starts[i]:][:lengths[i]]."""
 
-  stream: np.ndarray  # [n] int32: EOT t1..tn EOT t1..tm EOT: the end of a document is the beginning of the next
+  stream: np.ndarray  # [n] int32: EOT t1..tn EOT EOT t1..tm EOT
   starts: np.ndarray  # [p] int64
   lengths: np.ndarray  # [p] int64, 1..seq_len
+  counts: np.ndarray | None  # [n] bool: whether a token is trained on where it is the target; None: all are
 
 
-def cut(documents, eot: int, seq_len: int) -> Pieces:
-  """Streams of `documents` (sequences of token ids), cut at every seq_len positions of a document."""
-  sizes = np.array([len(tokens) + 1 for tokens in documents], np.int64)
-  stream = np.full(sizes.sum() + 1, eot, np.int32)
-  ends = np.cumsum(sizes)
-  for tokens, end, size in zip(documents, ends, sizes):
-    stream[end - size + 1:end] = tokens
+def cut(streams, seq_len: int, counts=None) -> Pieces:
+  """Pieces of `streams` (token ids, two or more each), cut at every seq_len positions of a stream.
+
+  counts: for each stream, whether each of its tokens is trained on; pieces where none is are left out.
+  """
+  sizes = np.array([len(tokens) - 1 for tokens in streams], np.int64)
   n_pieces = -(-sizes // seq_len)
   first_piece = np.cumsum(n_pieces) - n_pieces
-  offsets = (np.arange(n_pieces.sum()) - np.repeat(first_piece, n_pieces)) * seq_len  # in the piece's document
+  offsets = (np.arange(n_pieces.sum()) - np.repeat(first_piece, n_pieces)) * seq_len  # in the piece's stream
+  starts = np.repeat(np.cumsum(sizes + 1) - (sizes + 1), n_pieces) + offsets
   lengths = np.minimum(np.repeat(sizes, n_pieces) - offsets, seq_len)
-  return Pieces(stream=stream, starts=np.repeat(ends - sizes, n_pieces) + offsets, lengths=lengths)
+  stream = np.concatenate([np.zeros(0, np.int32), *streams])
+  if counts is not None:
+    counts = np.concatenate([np.zeros(0, bool), *counts])
+    n_before = np.cumsum(counts)  # up to and with each token
+    trained = n_before[starts + lengths] > n_before[starts]
+    starts, lengths = starts[trained], lengths[trained]
+  return Pieces(stream=stream, starts=starts, lengths=lengths, counts=counts)
 
 
 def best_fit_decreasing(lengths, capacity: int) -> list[list[int]]:
@@ -70,32 +79,37 @@ def best_fit_decreasing(lengths, capacity: int) -> list[list[int]]:
 
 def encode_row(pieces: Pieces, members: list[int], seq_len: int, dtype: np.dtype) -> bytes:
   """The record of the row that holds these pieces."""
-  tokens = np.zeros(seq_len, dtype)
+  tokens, mask = np.zeros(seq_len, dtype), np.zeros(seq_len, bool)
   segments = np.empty((len(members), 2), _PAIR)
   at = 0
   for segment, piece in enumerate(members):
     start, length = pieces.starts[piece], pieces.lengths[piece]
     tokens[at:at + length] = pieces.stream[start:start + length]
+    if pieces.counts is not None:
+      mask[at:at + length] = pieces.counts[start + 1:start + 1 + length]
     segments[segment] = length, pieces.stream[start + length]
     at += length
   assert at <= seq_len
-  return tokens.tobytes() + segments.tobytes()
+  mask = b'' if pieces.counts is None else np.packbits(mask).tobytes()
+  return tokens.tobytes() + mask + segments.tobytes()
 
 
-def decode_rows(records: list[bytes], seq_len: int, dtype: np.dtype) -> dict[str, np.ndarray]:
-  """Records of R rows -> {tokens, targets, segment_ids, positions}, int32 [R, seq_len].
+def decode_rows(records: list[bytes], seq_len: int, dtype: np.dtype, masked=False) -> dict[str, np.ndarray]:
+  """Records of R rows -> the FIELDS, int32 [R, seq_len].
 
-  segment_ids count 1, 2, … within a row and are 0 in padding, where the rest is 0 too; positions restart in each segment.
+  masked: whether the records have a mask (one answer, or one a record). segment_ids count 1, 2, … within a row and are 0
+  in padding, where the rest is 0 too; positions restart in each segment; loss_mask is 1 where the target is trained on.
   ValueError where a record is not a row of seq_len.
   """
-  n_rows, size = len(records), seq_len * dtype.itemsize
-  n_segments, remainders = np.divmod([len(record) - size for record in records], 2 * _PAIR.itemsize)
+  n_rows, masked = len(records), np.broadcast_to(masked, len(records))
+  size, head = seq_len * dtype.itemsize, seq_len * dtype.itemsize + masked * -(-seq_len // 8)
+  n_segments, remainders = np.divmod([len(record) for record in records] - head, 2 * _PAIR.itemsize)
   if n_segments.min() < 1 or remainders.any():
     raise ValueError(f'a record is not a row of {seq_len} tokens: the shard is damaged or was built for another seq_len; '
                      'run `python -m data_pipeline.shards verify` on the corpus')
   tokens = np.frombuffer(b''.join([record[:size] for record in records]), dtype).reshape(n_rows, seq_len)
-  pairs = np.frombuffer(b''.join([record[size:] for record in records]), _PAIR).reshape(-1, 2).astype(np.int64)
-  lengths, next_tokens = pairs.T
+  pairs = np.frombuffer(b''.join([record[at:] for record, at in zip(records, head)]), _PAIR)
+  lengths, next_tokens = pairs.reshape(-1, 2).astype(np.int64).T
   row_of = np.repeat(np.arange(n_rows), n_segments)
   ends = np.cumsum(lengths)
   before_row = np.concatenate([[0], ends])[np.cumsum(n_segments) - n_segments]  # positions used by earlier rows
@@ -115,4 +129,8 @@ def decode_rows(records: list[bytes], seq_len: int, dtype: np.dtype) -> dict[str
   targets = np.zeros((n_rows, seq_len), np.int32)
   targets[:, :-1] = tokens[:, 1:]
   targets[row_of, column_end - 1] = next_tokens
-  return {'tokens': tokens.astype(np.int32), 'targets': targets * real, 'segment_ids': segment_ids, 'positions': positions}
+  loss_mask = real.astype(np.int32)
+  if masked.any():
+    bits = np.frombuffer(b''.join([record[size:at] for record, at in zip(records, head)]), np.uint8)
+    loss_mask[masked] &= np.unpackbits(bits.reshape(-1, -(-seq_len // 8)), axis=1, count=seq_len)
+  return dict(zip(FIELDS, (tokens.astype(np.int32), targets * real, segment_ids, positions, loss_mask)))

@@ -24,7 +24,10 @@ class Input:
 
 
 class Source(Protocol):
-  """Where documents come from: a frozen dataclass, so that its fields enter the recipe's hash."""
+  """Where documents come from: a frozen dataclass, so that its fields enter the recipe's hash.
+
+  A source of conversations has one more member, `chats`, a `chat.ChatFormat`: its documents are those of `chat.canonical`.
+  """
 
   name: str  # of the source in mixtures, logs and folders: letters, digits, '-', '_', '.'
 
@@ -43,10 +46,16 @@ class Recipe:
   name: str
   sources: tuple[Source, ...]
   vocab_size: int  # of the byte-level BPE trained on the training split; a small corpus may give fewer
+  tokenizer: str = ''  # used instead of training one: a tokenizer.json, or the folder it is in, such as a run's workdir
   seq_lens: tuple[int, ...]  # row lengths to pack; each is a folder of the corpus
   validation_fraction: float  # of documents, chosen by a hash of their text
   min_bytes: int  # shorter documents (utf-8) are dropped
   fallback: 'Recipe | None' = None  # built instead, with a notice, on a machine where a source is unavailable
+
+  def with_tokenizer(self, path: str) -> 'Recipe':
+    """The same recipe, and its fallback, for a tokenizer that there is already."""
+    fallback = self.fallback and self.fallback.with_tokenizer(path)
+    return dataclasses.replace(self, tokenizer=path, fallback=fallback)
 
   def validate(self) -> None:
     """ValueError with one line for the first field that cannot be built."""

@@ -1,4 +1,5 @@
-"""Stage 2: what becomes of each document: train, validation, or the reason why it is dropped.
+"""Stage 2: what becomes of each document: train, validation, or the reason why it is dropped; for a line of a chat file
+that is none, what is wrong with it.
 
 One verdict a document, in a file beside its shard (same rows, same order): a new rule rewrites no text, and what was
 dropped can be looked at. Of exact duplicates the first is kept, in the order of the recipe's sources.
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline import shards
+from data_pipeline import chat, shards
 
 VERDICTS = TRAIN, VALIDATION, DUPLICATE, SHORT = 'train', 'validation', 'duplicate', 'short'
 
@@ -21,15 +22,20 @@ def split_of(document_id: str, validation_fraction: float) -> str:
   return VALIDATION if int(document_id[:16], 16) < validation_fraction * 2**64 else TRAIN
 
 
-def select(root: pathlib.Path, documents: list[str], record_name: str, key: str, *, min_bytes: int,
+def select(root: pathlib.Path, documents: list[str], record_name: str, key: str, *, chats: list[bool], min_bytes: int,
            validation_fraction: float) -> dict:
-  """Commits a verdict for every document of these shards; returns the record, with counts a shard."""
+  """Commits a verdict for every document of these shards; returns the record, with counts a shard.
+
+  chats: for each shard, whether its documents are conversations.
+  """
   seen, files, counts = set(), [], []
-  for name in documents:
+  for name, are_chats in zip(documents, chats):
     ids, verdicts = [], []
     for batch in pq.ParquetFile(root / name).iter_batches(columns=['id', 'text']):
       for document_id, text in zip(batch['id'].to_pylist(), batch['text'].to_pylist()):
-        if len(text.encode()) < min_bytes:
+        if are_chats and (rejection := chat.rejection(text)):
+          verdict = rejection
+        elif len(text.encode()) < min_bytes:
           verdict = SHORT
         elif document_id in seen:
           verdict = DUPLICATE

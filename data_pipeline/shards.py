@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 
 from data_pipeline import pack
 
-FORMAT = 1  # of the manifest and of rows; a reader refuses another
+FORMAT = 2  # of the manifest and of rows; a reader refuses others, but for 1: the same without masks and chats
 TEMPORARY = '.partial-'
 
 
@@ -145,6 +145,9 @@ def read_manifest(root: pathlib.Path) -> dict:
     manifest = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(f'{path} is not JSON ({error}): remove it and build the corpus again') from error
+  if manifest.get('format') == 1:
+    rows = [{'masked': False} | entry for entry in manifest['rows']]
+    manifest |= {'format': FORMAT, 'bos': manifest['eot'], 'chat_template': None, 'rows': rows}
   if manifest.get('format') != FORMAT:
     raise ValueError(f'the corpus at {root} has format {manifest.get("format")} and this version reads {FORMAT}: '
                      'build it again')
@@ -170,13 +173,13 @@ def verify(root: pathlib.Path) -> str:
 
 
 def _verify_rows(root: pathlib.Path, rows: dict, manifest: dict) -> int:
-  """Tokens (targets) that one shard holds, recounted. ValueError where they are not as the manifest says."""
+  """Tokens (targets that are trained on) of one shard, recounted. ValueError where they are not as the manifest says."""
   reader = array_record_module.ArrayRecordReader(str(root / rows['path']))
   n_rows, tokens = reader.num_records(), 0
   for start in range(0, n_rows, 1024):
     records = reader.read(list(range(start, min(start + 1024, n_rows))))
-    batch = pack.decode_rows(records, rows['seq_len'], pack.token_dtype(manifest['vocab_size']))
-    tokens += int((batch['segment_ids'] > 0).sum())
+    batch = pack.decode_rows(records, rows['seq_len'], pack.token_dtype(manifest['vocab_size']), rows['masked'])
+    tokens += int(batch['loss_mask'].sum())
   if n_rows != rows['rows'] or tokens != rows['tokens']:
     raise ValueError(f'{root / rows["path"]} has {n_rows} rows of {tokens} tokens and the manifest says {rows["rows"]} '
                      f'of {rows["tokens"]}: build the corpus again')

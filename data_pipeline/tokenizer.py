@@ -1,10 +1,13 @@
-"""Stage 3: a byte-level BPE trained on the training split; and text -> tokens with it.
+"""Stage 3: a byte-level BPE trained on the training split, or the tokenizer of a model; and text -> tokens with it.
 
 Byte-level: every text has tokens, and tokens give back the text byte for byte. The pattern that splits text before the
 merges is that of GPT-4 (OpenAI's cl100k_base) with each digit apart, so that numbers are spelt the same everywhere.
 """
 
+import json
 import pathlib
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -32,8 +35,50 @@ def train(root: pathlib.Path, texts: Iterable[str], record_name: str, key: str, 
   path = root / 'tokenizer.json'
   with shards.committed(path) as temporary:
     temporary.write_text(tokenizer.to_str(pretty=True) + '\n', encoding='utf-8')
+  return _record(root, record_name, key, {'bos': END_OF_TEXT, 'eot': END_OF_TEXT, 'chat_template': ''})
+
+
+def adopt(root: pathlib.Path, given: str, record_name: str, key: str) -> dict:
+  """Commits a copy of a tokenizer that there is already (`facts_of`) as root/tokenizer.json; returns the record."""
+  file, facts = facts_of(given)
+  with shards.committed(root / 'tokenizer.json') as temporary:
+    shutil.copyfile(file, temporary)
+  return _record(root, record_name, key, facts)
+
+
+def _record(root: pathlib.Path, record_name: str, key: str, facts: dict[str, str]) -> dict:
+  path = root / 'tokenizer.json'
+  tokenizer = load(path)
   return shards.write_record(root, record_name, key, [shards.entry(root, path)], sha256=shards.sha256_file(path),
-                             vocab_size=tokenizer.get_vocab_size(), eot=tokenizer.token_to_id(END_OF_TEXT))
+                             vocab_size=max(tokenizer.get_vocab().values()) + 1, chat_template=facts['chat_template'],
+                             **{name: tokenizer.token_to_id(facts[name]) for name in ('bos', 'eot')})
+
+
+def facts_of(given: str) -> tuple[pathlib.Path, dict[str, str]]:
+  """The tokenizer.json that `given` means, itself or the folder it is in, and {bos, eot, chat_template} as texts.
+
+  Which tokens begin and end a text is said by the tokenizer_config.json beside it, as Hugging Face writes it; where there
+  is none, both are <|endoftext|>. A model without a token that begins a text begins it with the one that ends it. The chat
+  template is '' where there is none. FileNotFoundError or ValueError with one line.
+  """
+  path = pathlib.Path(given)
+  path = path / 'tokenizer.json' if path.is_dir() else path
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no tokenizer {path}: name a tokenizer.json, or the workdir of a run')
+  tokenizer, said, template = load(path), path.with_name('tokenizer_config.json'), path.with_name('chat_template.jinja')
+  said = json.loads(said.read_text(encoding='utf-8')) if said.is_file() else {}
+  named = {name: token['content'] if isinstance(token, dict) else token for name, token in said.items() if '_token' in name}
+  eot = named.get('eos_token') or END_OF_TEXT
+  bos = named.get('bos_token') if named.get('add_bos_token') else None
+  around = tokenizer.encode('').tokens  # of a tokenizer that puts special tokens around a text by itself
+  bos = around[0] if around and around[0] != eot else bos or eot
+  for token in (bos, eot):
+    if tokenizer.token_to_id(token) is None:
+      raise ValueError(f'{path} has no token {token}: a tokenizer_config.json beside it names its bos_token and eos_token')
+  chat = template.read_text(encoding='utf-8') if template.is_file() else said.get('chat_template') or ''
+  if isinstance(chat, list):  # of several, each with a name
+    chat = next((one['template'] for one in chat if one['name'] == 'default'), '')
+  return path, {'bos': bos, 'eot': eot, 'chat_template': chat}
 
 
 def load(path: pathlib.Path) -> tokenizers.Tokenizer:
@@ -44,15 +89,22 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
-  """Token ids of each text, int32 [n], without the end of text."""
+  """Token ids of each text, int32 [n], without the tokens that begin and end it."""
   for start in range(0, len(texts), _TEXTS_A_CALL):
-    for encoding in tokenizer.encode_batch_fast(texts[start:start + _TEXTS_A_CALL]):
+    for encoding in tokenizer.encode_batch_fast(texts[start:start + _TEXTS_A_CALL], add_special_tokens=False):
       yield np.array(encoding.ids, np.int32)
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-  """int32 [vocab_size]: utf-8 bytes each token stands for, 0 for the end of text. They add up to a text's bytes."""
-  sizes = np.zeros(tokenizer.get_vocab_size(), np.int32)
+  """int32 [vocab_size]: utf-8 bytes each token stands for, 0 for special ones. They add up to a text's bytes."""
+  added = tokenizer.get_added_tokens_decoder()
+  is_byte_level = 'ByteLevel' in json.dumps(json.loads(tokenizer.to_str())['decoder'])
+  sizes = np.zeros(max(tokenizer.get_vocab().values()) + 1, np.int32)
   for token, index in tokenizer.get_vocab().items():
-    sizes[index] = 0 if token == END_OF_TEXT else len(token)  # byte-level: a character of the token's name is a byte
+    if index in added:
+      sizes[index] = 0 if added[index].special else len(token.encode())
+    elif is_byte_level:
+      sizes[index] = len(token)  # a character of the token's name is a byte
+    else:  # SentencePiece's: a byte that no token has is spelt <0x0A>, and a space is U+2581
+      sizes[index] = 1 if re.fullmatch('<0x[0-9A-F]{2}>', token) else len(token.replace('\u2581', ' ').encode())
   return sizes

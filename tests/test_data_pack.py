@@ -16,7 +16,7 @@ def documents_of(lengths, vocab_size=4096, seed=0) -> list[np.ndarray]:
 
 
 def rows_of(documents, seq_len, vocab_size=4096) -> tuple[list[bytes], dict[str, np.ndarray]]:
-  pieces = pack.cut(documents, EOT, seq_len)
+  pieces = pack.cut(streams_of(documents), seq_len)
   dtype = pack.token_dtype(vocab_size)
   bins = pack.best_fit_decreasing(pieces.lengths, seq_len)
   records = [pack.encode_row(pieces, members, seq_len, dtype) for members in bins]

@@ -43,7 +43,7 @@ FORBIDDEN_IMPORTS = {
   'launch': ('jax', 'flax', 'maxlm', 'data_pipeline', 'configs'),
 }
 NEVER_IMPORTED = {'pickle', 'cloudpickle', 'dill', 'shelve', 'marshal', 'joblib', 'yaml', 'torch', 'transformers'}
-IMPORTED_WHERE_USED = {'tokamax', 'libtpu', 'ray'}  # heavy and optional: inside the function that needs them
+IMPORTED_WHERE_USED = {'jinja2', 'tokamax', 'libtpu', 'ray'}  # heavy and optional: inside the function that needs them
 NNX = {'Module', 'Param', 'Rngs', 'List'}
 ENVIRONMENT = ('launch/', 'maxlm/plan/', 'data_pipeline/runners.py')  # may touch environment variables
 AXIS_WORDS = {'fsdp', 'tensor', 'expert'}  # never another thing's name

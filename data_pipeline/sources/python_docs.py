@@ -16,7 +16,7 @@ _STDLIB = pathlib.Path(sysconfig.get_path('stdlib'))
 _TESTS = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 
 
-def _files(*suffixes: str) -> list[pathlib.Path]:
+def library_files(*suffixes: str) -> list[pathlib.Path]:
   """Files of the standard library with these suffixes, without its tests, in a fixed order."""
   return [path for path in sorted(_STDLIB.rglob('*'))
           if path.suffix in suffixes and path.is_file() and not _TESTS.intersection(path.relative_to(_STDLIB).parts)]
@@ -40,7 +40,7 @@ class PythonReference:
       yield f'python:topic/{topic}', clean(text)
     for module_name in sorted(set(sys.builtin_module_names) - {'__main__'}):
       yield f'python:builtin/{module_name}', clean('\n\n'.join(_describe_builtin(module_name)))
-    for path in _files('.txt', '.rst', '.html'):
+    for path in library_files('.txt', '.rst', '.html'):
       data = path.read_bytes()
       text = html_to_text(data) if path.suffix == '.html' else clean(data.decode('utf-8', errors='replace'))
       yield f'python:file/{path.relative_to(_STDLIB).as_posix()}', text
@@ -71,7 +71,7 @@ class PythonLibrary:
     return platform.python_version()
 
   def fetch(self, scratch: pathlib.Path) -> list[Input]:
-    return [Input(paths=tuple(str(path) for path in _files('.py')), lineage=f'Python {platform.python_version()}')]
+    return [Input(paths=tuple(str(path) for path in library_files('.py')), lineage=f'Python {platform.python_version()}')]
 
   def read(self, unit: Input) -> Iterator[tuple[str, str]]:
     for name in unit.paths:
