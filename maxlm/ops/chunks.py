@@ -11,6 +11,18 @@ B batch  T time  N heads  Q channels  I chunks  t, s positions in a chunk; `…t
 import jax
 import jax.numpy as jnp
 
+from maxlm.sharding import spec
+
+
+def with_whole_time(function, in_dims: tuple[str, ...], out_dims: tuple[str, ...], *arrays):
+  """`function(*arrays)` on each device's part of rows and heads. T of the dims is gathered for it if the mesh splits it."""
+  def whole(dims):
+    return spec(dims.replace('T', 'M'))  # M is never split
+
+  arrays = [array if array is None else jax.reshard(array, whole(dims)) for array, dims in zip(arrays, in_dims)]
+  outs = jax.shard_map(function, in_specs=tuple(map(whole, in_dims)), out_specs=tuple(map(whole, out_dims)))(*arrays)
+  return tuple(jax.reshard(out, spec(dims)) for out, dims in zip(outs, out_dims))
+
 
 def split_time(x: jax.Array, size: int) -> jax.Array:
   """[B, T, N, …] -> fp32 [B, I, N, size, …]. Zeros are appended: a token without input and decay changes no state."""
@@ -71,19 +83,18 @@ def decayed_products(x_tQ: jax.Array, k_tQ: jax.Array, log_decay_Qt: jax.Array) 
   So the chunk, a power of two of tokens, is halved: from a token s of the first half to a token t of the second, it is the
   decay from s to the middle times that from the middle to t, neither above 1. What is left are the two halves.
   """
-  size, Q = x_tQ.shape[-2:]
+  *lead, size, Q = x_tQ.shape
   if size == 1:
     return jnp.sum(x_tQ * k_tQ, axis=-1, keepdims=True)
-  x_2tQ, k_2tQ = (a.reshape(*a.shape[:-2], 2, size // 2, Q) for a in (x_tQ, k_tQ))
-  log_decay_2Qt = jnp.moveaxis(log_decay_Qt.reshape(*log_decay_Qt.shape[:-1], 2, size // 2), -2, -3)
-  within_2ts = decayed_products(x_2tQ, k_2tQ, log_decay_2Qt)
-  to_t_Qt = jnp.exp(sums_to(log_decay_2Qt[..., 1, :, :]))
-  from_s_Qs = jnp.exp(sums_after(log_decay_2Qt[..., 0, :, :]))
-  across_ts = dot('...tQ,...sQ->...ts', x_2tQ[..., 1, :, :] * to_t_Qt.swapaxes(-1, -2),
-                  k_2tQ[..., 0, :, :] * from_s_Qs.swapaxes(-1, -2))
-  upper = jnp.concatenate([within_2ts[..., 0, :, :], jnp.zeros_like(across_ts)], axis=-1)
-  lower = jnp.concatenate([across_ts, within_2ts[..., 1, :, :]], axis=-1)
-  return jnp.concatenate([upper, lower], axis=-2)
+  x_X2tQ, k_X2tQ = (a.reshape(-1, 2, size // 2, Q) for a in (x_tQ, k_tQ))  # X: all dims before, as one
+  log_decay_X2Qt = log_decay_Qt.reshape(-1, Q, 2, size // 2).swapaxes(1, 2)
+  within_X2ts = decayed_products(x_X2tQ, k_X2tQ, log_decay_X2Qt)
+  x_XtQ = x_X2tQ[:, 1] * jnp.exp(sums_to(log_decay_X2Qt[:, 1])).swapaxes(1, 2)
+  k_XsQ = k_X2tQ[:, 0] * jnp.exp(sums_after(log_decay_X2Qt[:, 0])).swapaxes(1, 2)
+  across_Xts = dot('XtQ,XsQ->Xts', x_XtQ, k_XsQ)
+  first = jnp.concatenate([within_X2ts[:, 0], jnp.zeros_like(across_Xts)], axis=-1)
+  second = jnp.concatenate([across_Xts, within_X2ts[:, 1]], axis=-1)
+  return jnp.concatenate([first, second], axis=-2).reshape(*lead, size, size)
 
 
 def dot(dims: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ B batch  T time  W taps, the last one for the token itself  N, H channels: heads
 import jax
 import jax.numpy as jnp
 
-from maxlm.sharding import spec
+from maxlm.ops.chunks import with_whole_time
 
 
 def conv_silu(x_BTNH: jax.Array, w_WNH: jax.Array, bias_NH: jax.Array | None, starts_BT: jax.Array,
@@ -17,9 +17,8 @@ def conv_silu(x_BTNH: jax.Array, w_WNH: jax.Array, bias_NH: jax.Array | None, st
   A token sees those of its own document. starts: bool, a document starts at this token. tail: the W - 1 inputs before the
   first one, those of another document than the last of them as zeros. K heads of Q channels are split as N of H are.
   """
-  return jax.shard_map(
-    _conv_silu, in_specs=(spec('BTNH'), spec('WNH'), spec('NH'), spec('BT'), spec('BJNH')),
-    out_specs=(spec('BTNH'), spec('BJNH')))(x_BTNH, w_WNH, bias_NH, starts_BT, tail_BJNH)
+  return with_whole_time(_conv_silu, ('BTNH', 'WNH', 'NH', 'BT', 'BJNH'), ('BTNH', 'BJNH'),
+                         x_BTNH, w_WNH, bias_NH, starts_BT, tail_BJNH)
 
 
 def _conv_silu(x_BTNH, w_WNH, bias_NH, starts_BT, tail_BJNH):

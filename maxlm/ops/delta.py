@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from maxlm.ops import chunks
 from maxlm.ops.chunks import dot
-from maxlm.sharding import spec
 
 CHUNK = 64  # tokens, a power of two: solving for a chunk's writes costs its square
 
@@ -29,10 +28,9 @@ def delta_rule(q_BTKQ: jax.Array, k_BTKQ: jax.Array, v_BTNH: jax.Array, log_deca
     heads = v_BTNH.shape[2] // k_BTKQ.shape[2]
     return delta_chunked(jnp.repeat(q_BTKQ, heads, axis=2), jnp.repeat(k_BTKQ, heads, axis=2), v_BTNH, *rest)
 
-  return jax.shard_map(
-    island, in_specs=tuple(map(spec, ('BTKQ', 'BTKQ', 'BTNH', 'BTNQ'[:log_decay.ndim], 'BTN', 'BT', 'BNQH'))),
-    out_specs=(spec('BTNH'), spec('BNQH')),
-  )(q_BTKQ, k_BTKQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_BNQH)
+  dims = 'BTKQ', 'BTKQ', 'BTNH', 'BTNQ'[:log_decay.ndim], 'BTN', 'BT', 'BNQH'
+  return chunks.with_whole_time(island, dims, ('BTNH', 'BNQH'),
+                                q_BTKQ, k_BTKQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_BNQH)
 
 
 def delta_reference(q_BTNQ, k_BTNQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_BNQH):

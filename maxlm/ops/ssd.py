@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from maxlm.ops import chunks
 from maxlm.ops.chunks import dot
-from maxlm.sharding import spec
 
 CHUNK = 128  # tokens: about head and state dim, where the work within chunks equals that on states (section 6)
 
@@ -21,11 +20,8 @@ CHUNK = 128  # tokens: about head and state dim, where the work within chunks eq
 def ssd(x_BTNH: jax.Array, log_decay_BTN: jax.Array, b_BTKQ: jax.Array, c_BTKQ: jax.Array, starts_BT: jax.Array,
         state_BNQH: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(y_BTNH, state after the last token), both fp32. starts: bool, the state before this token is empty."""
-  return jax.shard_map(
-    ssd_chunked,
-    in_specs=(spec('BTNH'), spec('BTN'), spec('BTKQ'), spec('BTKQ'), spec('BT'), spec('BNQH')),
-    out_specs=(spec('BTNH'), spec('BNQH')),
-  )(x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH)
+  return chunks.with_whole_time(ssd_chunked, ('BTNH', 'BTN', 'BTKQ', 'BTKQ', 'BT', 'BNQH'), ('BTNH', 'BNQH'),
+                                x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH)
 
 
 def ssd_reference(x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH):
