@@ -13,14 +13,15 @@ GONE = object()  # a field that is not in the published config.json
 class Golden:
   """config: model_type and fields of its configuration class. off: changes of config, each of which must change the logits.
   hub: changes that give the published spelling of config.json. draw: part of a weight's name -> (mean, std); the last that
-  matches counts. in_out: parts of names of matrices stored (in, out). length: T, tokens of a row. bare: tensors without the
-  prefix of the model inside."""
+  matches counts. fixed: parts of names of constants that are saved as if they were weights, in fp32. in_out: parts of names
+  of matrices stored (in, out). length: T, tokens of a row. bare: tensors without the prefix of the model inside."""
 
   config: dict
   off: tuple[dict, ...] = ()
   hub: dict = dataclasses.field(default_factory=dict)
   hub_model_type: bool = False
   draw: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+  fixed: tuple[str, ...] = ()
   in_out: tuple[str, ...] = ()
   length: int = 32
   cache_differs: bool = False
@@ -45,7 +46,10 @@ def shape(d: int, heads: int, kv_heads: int, layers: int, mlp: int, vocab: int =
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = dict(factor=4.0, beta_fast=2.0, beta_slow=0.1, original_max_position_embeddings=16)
+K2_YARN = dict(factor=4.0, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=16)
+LONGROPE = dict(long_factor=[1.0, 1.3, 2.1, 3.0, 3.7, 4.0], short_factor=[1.0, 1.1, 1.2, 1.5, 1.6, 1.9])
 EPS = {'rms_norm_eps': 1e-6}
+DECAY = {'A_log': (-1.0, 0.5), 'dt_bias': (-1.0, 0.5)}  # states that live for several tokens
 
 MODELS = {
   'llama': Golden(
@@ -138,4 +142,128 @@ MODELS = {
                 norm_topk_prob=False, rope_parameters=rope(100.0)),
     off=(EPS, {'norm_topk_prob': True}, {'routed_scaling_factor': 1.0}, {'rope_interleave': False}),
     draw={'e_score_correction_bias': (0.0, 0.3)}, hub={'head_dim': GONE, 'rope_interleave': GONE, **old_rope(100.0)}),
+  'kimi_k2': Golden(
+    config=dict(model_type='deepseek_v3', **shape(32, 4, 4, 3, 28), q_lora_rank=10, kv_lora_rank=14, qk_nope_head_dim=8,
+                qk_rope_head_dim=8, v_head_dim=6, first_k_dense_replace=1, n_routed_experts=7, n_shared_experts=1,
+                num_experts_per_tok=3, moe_intermediate_size=10, n_group=1, topk_group=1, routed_scaling_factor=2.827,
+                rope_parameters=rope(100.0, 'yarn', **K2_YARN)),
+    off=(EPS, {'rope_parameters': {'beta_slow': 0.1}}, {'rope_parameters': {'mscale_all_dim': 0.0}}),
+    draw={'e_score_correction_bias': (0.0, 0.3)},
+    hub={'model_type': 'kimi_k2', 'head_dim': GONE, 'rope_interleave': GONE, 'scoring_func': 'sigmoid',
+         'topk_method': 'noaux_tc', **old_rope(100.0, 'yarn', type='yarn', **K2_YARN)}, hub_model_type=True),
+  'llm360_k2': Golden(
+    config=dict(model_type='llama', **shape(36, 3, 3, 2, 40, vocab=100) | {'bos_token_id': None}, pad_token_id=0,
+                rope_parameters=rope(1000.0)),
+    off=(EPS, {'rope_parameters': rope(100.0)}),
+    hub={'head_dim': GONE, **old_rope(1000.0)}),
+  'ministral3': Golden(
+    config=dict(model_type='ministral3', **shape(40, 5, 1, 2, 44), head_dim=12, tie_word_embeddings=True,
+                rope_parameters=rope(1000.0, 'yarn', mscale=1.0, mscale_all_dim=0.6, llama_4_scaling_beta=0.3, **YARN)),
+    off=(EPS, {'rope_parameters': {'llama_4_scaling_beta': 0.0}}, {'rope_parameters': {'mscale_all_dim': 1.0}},
+         {'rope_parameters': {'beta_slow': 0.01}}),
+    length=44),
+  'mixtral': Golden(
+    config=dict(model_type='mixtral', **shape(36, 6, 2, 2, 16), head_dim=10, num_local_experts=5, num_experts_per_tok=2,
+                rope_parameters=rope(1000.0)),
+    off=(EPS, {'num_experts_per_tok': 3}),
+    hub={'head_dim': 10, **old_rope(1000.0)}),
+  'smollm3': Golden(
+    config=dict(model_type='smollm3', **shape(36, 6, 2, 5, 36), pad_token_id=0, rope_parameters=rope(1000.0)),
+    off=(EPS, {'no_rope_layer_interval': 3}, {'no_rope_layer_interval': 9}),
+    hub={'tie_word_embeddings': GONE, **old_rope(1000.0)}),
+  'olmo3': Golden(
+    config=dict(model_type='olmo3', **shape(36, 3, 1, 5, 32), pad_token_id=0, sliding_window=6, rope_parameters={
+      'sliding_attention': rope(500_000.0), 'full_attention': rope(500_000.0, 'yarn', attention_factor=1.3, **YARN)}),
+    off=(EPS, {'sliding_window': 7}, {'rope_parameters': {'full_attention': {'attention_factor': 1.0}}},
+         {'rope_parameters': {'full_attention': {'factor': 1.0}}},
+         {'rope_parameters': {'sliding_attention': rope(500_000.0, 'yarn', attention_factor=1.3, **YARN)}}),
+    hub={'layer_types': GONE, **old_rope(500_000.0, 'yarn', attention_factor=1.3, **YARN)}),
+  'olmoe': Golden(
+    config=dict(model_type='olmoe', **shape(36, 6, 3, 3, 10), pad_token_id=0, num_experts=7, num_experts_per_tok=3,
+                rope_parameters=rope(1000.0)),
+    off=(EPS, {'norm_topk_prob': True}),
+    hub=old_rope(1000.0)),
+  'apertus': Golden(
+    config=dict(model_type='apertus', **shape(48, 6, 2, 2, 56), pad_token_id=0,
+                rope_parameters=rope(100.0, 'llama3', **LLAMA3)),
+    off=(EPS, {'rope_parameters': rope(100.0)}),
+    fixed=('act_fn.beta', 'act_fn.eps'), draw={'alpha': (0.3, 0.4)},
+    hub=old_rope(100.0, 'llama3', **LLAMA3)),
+  'glm4_moe': Golden(
+    config=dict(model_type='glm4_moe', **shape(32, 6, 2, 3, 28), head_dim=12, attention_bias=True, use_qk_norm=True,
+                first_k_dense_replace=1, n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=10,
+                routed_scaling_factor=1.7, rope_parameters=rope(1000.0, partial_rotary_factor=0.5)),
+    off=(EPS, {'rope_parameters': {'partial_rotary_factor': 1.0}}, {'routed_scaling_factor': 1.0},
+         {'norm_topk_prob': False}),
+    draw={'e_score_correction_bias': (0.0, 0.3)},
+    hub={'partial_rotary_factor': 0.5, **old_rope(1000.0)}),
+  'glm4_moe_air': Golden(  # no norm of queries and keys; groups, which published ones do not use
+    config=dict(model_type='glm4_moe', **shape(32, 6, 2, 3, 28), head_dim=12, attention_bias=True, n_shared_experts=2,
+                first_k_dense_replace=2, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=10, n_group=3,
+                topk_group=2, rope_parameters=rope(1000.0, partial_rotary_factor=0.5)),
+    off=(EPS, {'topk_group': 3}), draw={'e_score_correction_bias': (0.0, 0.3)},
+    hub={'partial_rotary_factor': 0.5, **old_rope(1000.0)}),
+  'minimax_m2': Golden(
+    config=dict(model_type='minimax_m2', **shape(32, 6, 2, 3, 10), head_dim=12, num_local_experts=6, num_experts_per_tok=3,
+                rope_parameters=rope(1000.0, partial_rotary_factor=0.5)),
+    off=(EPS, {'rope_parameters': {'partial_rotary_factor': 1.0}}, {'num_experts_per_tok': 2}),
+    draw={'e_score_correction_bias': (0.0, 0.3)},
+    hub={'rope_parameters': GONE, 'rope_theta': 1000.0, 'rotary_dim': 6, 'use_qk_norm': True, 'qk_norm_type': 'per_layer',
+         'scoring_func': 'sigmoid', 'use_routing_bias': True}),
+  'minimax': Golden(
+    config=dict(model_type='minimax', **shape(24, 3, 1, 5, 12), head_dim=10, num_local_experts=4, num_experts_per_tok=2,
+                layer_types=['linear_attention', 'linear_attention', 'full_attention', 'linear_attention', 'full_attention'],
+                block_size=5, full_attn_alpha_factor=1.6, full_attn_beta_factor=0.8, linear_attn_alpha_factor=1.4,
+                linear_attn_beta_factor=0.9, mlp_alpha_factor=1.2, mlp_beta_factor=1.1, rope_parameters=rope(1000.0)),
+    off=(EPS, *({f'{part}_factor': 1.0} for part in ('full_attn_alpha', 'full_attn_beta', 'linear_attn_alpha',
+                                                     'linear_attn_beta', 'mlp_alpha', 'mlp_beta'))),
+    fixed=('slope_rate', 'decay')),
+  'phi3': Golden(
+    config=dict(model_type='phi3', **shape(40, 5, 5, 2, 44), pad_token_id=0, sliding_window=9, rope_parameters=rope(1000.0)),
+    off=(EPS, {'sliding_window': None}, {'sliding_window': 10}),
+    hub=old_rope(1000.0)),
+  'phi3_longrope': Golden(  # beyond the original length: the long factors
+    config=dict(model_type='phi3', **shape(48, 3, 1, 2, 40), pad_token_id=0, tie_word_embeddings=True,
+                original_max_position_embeddings=16,
+                rope_parameters=rope(1000.0, 'longrope', partial_rotary_factor=0.75, **LONGROPE)),
+    off=(EPS, {'rope_parameters': {'partial_rotary_factor': 0.5, 'long_factor': LONGROPE['long_factor'][:4],
+                                   'short_factor': LONGROPE['short_factor'][:4]}},
+         {'rope_parameters': {'attention_factor': 1.0}}, {'original_max_position_embeddings': 32}),
+    hub={'partial_rotary_factor': 0.75, **old_rope(1000.0, 'longrope', type='longrope', **LONGROPE)}),
+  'phi3_longrope_short': Golden(  # within it: the short ones
+    config=dict(model_type='phi3', **shape(48, 3, 1, 1, 40), pad_token_id=0, original_max_position_embeddings=32,
+                rope_parameters=rope(1000.0, 'longrope', partial_rotary_factor=0.75, **LONGROPE)),
+    off=(EPS, {'original_max_position_embeddings': 31}),
+    hub={'partial_rotary_factor': 0.75, **old_rope(1000.0, 'longrope', type='longrope', **LONGROPE)}),
+  'qwen3_next': Golden(
+    config=dict(model_type='qwen3_next', **shape(24, 3, 1, 5, 28, vocab=67), head_dim=16, linear_num_key_heads=2,
+                linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+                num_experts=5, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=12,
+                mlp_only_layers=[1], rope_parameters=rope(1000.0, partial_rotary_factor=0.25)),
+    off=(EPS, {'norm_topk_prob': False}, {'rope_parameters': {'partial_rotary_factor': 0.5}}),
+    draw=DECAY, length=72,
+    hub={'layer_types': GONE, 'full_attention_interval': 4, 'partial_rotary_factor': 0.25, **old_rope(1000.0)}),
+  'olmo_hybrid': Golden(
+    config=dict(model_type='olmo_hybrid', **shape(30, 3, 1, 5, 32, vocab=67), pad_token_id=0, linear_num_key_heads=3,
+                linear_num_value_heads=3, linear_key_head_dim=6, linear_value_head_dim=10, rope_parameters=rope(1000.0)),
+    off=(EPS, {'linear_allow_neg_eigval': False}, {'rope_parameters': {'rope_theta': None}}),
+    draw=DECAY | {'linear_attn.o_proj': (0.0, 0.12)}, length=72),
+  'olmo_hybrid_nope': Golden(
+    config=dict(model_type='olmo_hybrid', **shape(30, 3, 3, 4, 24, vocab=67), pad_token_id=0, linear_num_key_heads=2,
+                linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+                linear_allow_neg_eigval=False, rope_parameters={'rope_type': 'default', 'rope_theta': None}),
+    off=(EPS, {'linear_allow_neg_eigval': True}, {'rope_parameters': {'rope_theta': 1000.0}}),
+    draw=DECAY | {'linear_attn.o_proj': (0.0, 0.12)}, length=72),
+  'kimi_linear': Golden(
+    config=dict(model_type='kimi_linear', **shape(24, 3, 3, 5, 28, vocab=67), pad_token_id=0, kv_lora_rank=10,
+                qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, linear_head_dim=8, linear_num_heads=3, n_group=3, topk_group=2,
+                layer_types=['linear_attention', 'linear_attention', 'full_attention', 'linear_attention', 'full_attention'],
+                num_local_experts=6, num_experts_per_tok=2, moe_intermediate_size=8),
+    off=(EPS, {'topk_group': 3}, {'norm_topk_prob': False}, {'routed_scaling_factor': 1.0}),
+    draw=DECAY | {'e_score_correction_bias': (0.0, 0.3)}, length=72,
+    hub={'layer_types': GONE, 'mlp_layer_types': GONE, 'first_k_dense_replace': 1, 'moe_layer_freq': 1, 'mla_use_nope': True,
+         'linear_head_dim': GONE, 'linear_num_heads': GONE, 'linear_conv_kernel_dim': GONE, 'head_dim': GONE,
+         'moe_router_activation_func': 'sigmoid', 'use_grouped_topk': True, 'rope_theta': 10000.0, 'rope_scaling': None,
+         'linear_attn_config': {'full_attn_layers': [3, 5], 'kda_layers': [1, 2, 4], 'head_dim': 8, 'num_heads': 3,
+                                'short_conv_kernel_size': 4}}),
 }

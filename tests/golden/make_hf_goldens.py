@@ -77,6 +77,8 @@ def draw(model: torch.nn.Module, golden: Golden, name: str, seed: int) -> None:
   tied, d = model.config.tie_word_embeddings, model.config.hidden_size
   with torch.no_grad():
     for key, weight in weights(model).items():
+      if any(part in key for part in golden.fixed):
+        continue
       rng = np.random.default_rng([zlib.crc32(text.encode()) for text in (name, key)] + [seed])
       noise = torch.from_numpy(rng.standard_normal(tuple(weight.shape))).float()
       centre, scale = 0.0, None
@@ -197,7 +199,12 @@ def make(name: str, golden: Golden) -> str:
 
   folder = HERE / name
   shutil.rmtree(folder, ignore_errors=True)
-  copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size=golden.max_shard_size)
+  saved = copy.deepcopy(model).to(torch.bfloat16)
+  for key, buffer in model.named_buffers():
+    if any(part in key for part in golden.fixed):
+      module, _, attribute = key.rpartition('.')
+      setattr(saved.get_submodule(module), attribute, buffer)
+  saved.save_pretrained(folder, max_shard_size=golden.max_shard_size)
   if golden.bare:
     strip_prefix(folder / 'model.safetensors', 'transformer.', model.config.n_positions)
   assert torch.equal(logits_of(load(folder), tokens), logits), f'{name}: reloaded, it has other logits'
