@@ -8,6 +8,7 @@ what repeats (`runs`) and unrolls the rest.
 B batch  T query time  S key time  D width  V vocabulary  L layers  M cache length  P learned positions
 """
 
+import collections
 import dataclasses
 from typing import Literal, NamedTuple
 
@@ -16,14 +17,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.layers.attention import AttentionSpec
+from maxlm.layers.delta import DeltaSpec
+from maxlm.layers.lightning import LightningSpec
+from maxlm.layers.mamba2 import Mamba2Spec
 from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.norm import Norm, NormSpec
+from maxlm.layers.parallel import ParallelSpec
 from maxlm.layers.param import normal
 from maxlm.layers.rope import RopeSpec, rope_table
 from maxlm.layers.rows import Past, Rows, rope_key
 from maxlm.sharding import spec as shard
 
-Mixer = AttentionSpec
+Mixer = AttentionSpec | Mamba2Spec | DeltaSpec | LightningSpec | ParallelSpec
 FeedForward = MlpSpec
 
 
@@ -174,22 +179,23 @@ class Decoder(nnx.Module):
     stack_of, taken = stack_of_layer(config), [0] * len(self.stacks)
     for run in runs(config):
       members = range(run.first, run.first + run.period)
-      n_each = [sum(stack_of[i] == s for i in members) for s in range(len(self.stacks))]
+      n_of = collections.Counter(stack_of[i] for i in members)  # layers of each stack in a period
       scanned = run.repeats > compute.unroll
 
-      def period(x_BTD, stacks, members=members, n_each=n_each, scanned=scanned):
-        """One period of the run, whose weights are all entries of each stack."""
-        weights = [iter(unstack(stack, n)) for stack, n in zip(stacks, n_each)]
+      def period(x_BTD, stacks, members=members, n_of=n_of, scanned=scanned):
+        """One period of the run; `stacks` holds its weights and no others."""
+        weights = {s: iter(unstack(stack, n_of[s])) for s, stack in stacks.items()}
         for i in members:
           apply = remat(lambda layer, x_BTD, spec=config.layers[i]: layer(spec, x_BTD, rows), compute.remat, scanned)
           x_BTD = apply(next(weights[stack_of[i]]), x_BTD)
         return x_BTD
 
-      stacks = [jax.tree.map(lambda w, t=t, n=n: w[t:t + n * run.repeats].reshape(run.repeats, n, *w.shape[1:]), stack)
-                for stack, t, n in zip(self.stacks, taken, n_each)]
+      stacks = {s: jax.tree.map(lambda w, first=taken[s], n=n: w[first:first + n * run.repeats].reshape(
+        run.repeats, n, *w.shape[1:]), self.stacks[s]) for s, n in n_of.items()}
       x_BTD, _ = jax.lax.scan(lambda x_BTD, stacks, period=period: (period(x_BTD, stacks), None), x_BTD, stacks,
                               unroll=min(compute.unroll, run.repeats))
-      taken = [t + n * run.repeats for t, n in zip(taken, n_each)]
+      for s, n in n_of.items():
+        taken[s] += n * run.repeats
     return self._finish(config, x_BTD)
 
   def extend(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT, caches: list,
@@ -252,6 +258,8 @@ def attentions(mixer: Mixer | None) -> list[AttentionSpec]:
   match mixer:
     case AttentionSpec():
       return [mixer]
+    case ParallelSpec():
+      return [attention for part in mixer.mixers for attention in attentions(part)]
   return []
 
 
