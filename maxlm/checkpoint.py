@@ -63,8 +63,8 @@ class Checkpoints:
   def save(self, step: int, *, params, opt, meta: dict[str, Any]) -> None:
     """Starts to save, and returns when the arrays have left the device; waits for an earlier save to end first.
 
-    opt: None where there are parameters only. A step that is committed is not saved again. OSError with the reason if the earlier save failed, or if this one
-    cannot be started.
+    opt: None where there are parameters only. A step that is committed is not saved again. OSError with the reason if the
+    earlier save failed, or if this one cannot be started.
     """
     self.wait()
     if step in self.steps():
@@ -211,6 +211,13 @@ def named_leaves(tree) -> dict[str, Any]:
     assert name not in named, f'two leaves are named {name}'
     named[name] = leaf
   return named
+
+
+def with_leaves(tree, leaves: dict[str, Any]):
+  """The tree with these leaves, by the names of `named_leaves`, in the place of its own."""
+  named = named_leaves(tree)
+  assert leaves.keys() <= named.keys(), f'no leaf is named {min(leaves.keys() - named.keys())}'
+  return jax.tree.unflatten(jax.tree.structure(tree), list((named | leaves).values()))
 
 
 def _target(leaf) -> jax.ShapeDtypeStruct:

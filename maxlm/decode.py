@@ -5,6 +5,7 @@ time is whole on every device.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,39 +16,43 @@ from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig, empty_ca
 from maxlm.sharding import axis_size, spec
 
 
-def generate(params: Decoder, model: DecoderConfig, compute: ComputeConfig, prompts: list[list[int]], *, eot: int,
-             max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> list[list[int]]:
-  """Continuations of prompts (token ids; begin a document with `eot`), each up to `max_tokens` or the next eot.
+def generate(params: Decoder, model: DecoderConfig, compute: ComputeConfig, prompts: list[list[int]], *,
+             eos: Sequence[int], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+             seed: int = 0) -> list[list[int]]:
+  """Continuations of prompts (token ids), each up to `max_tokens` or, not included, the first token of `eos`.
 
   temperature 0 takes the likeliest token. top_p samples from the smallest set of tokens with that much probability
   (Holtzman et al. 2020, arXiv 1904.09751). The same seed, prompts and devices give the same text.
   """
   if not prompts or not all(prompts):
-    raise ValueError('generate: every prompt needs at least one token; begin a document with the end-of-text token')
+    raise ValueError('generate: every prompt needs at least one token; begin a document with the token that begins documents')
   if temperature < 0 or not 0 < top_p <= 1:
     raise ValueError(f'generate: temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]')
   if max_tokens < 1:
     raise ValueError(f'generate: max_tokens={max_tokens} must be at least 1')
   longest = max(len(prompt) for prompt in prompts)
-  padded = prompts + [[eot]] * (-len(prompts) % axis_size('B'))
-  tokens_BT = np.full((len(padded), longest), eot, np.int32)
+  if model.max_positions is not None and longest + max_tokens > model.max_positions:
+    raise ValueError(f'generate: {longest} tokens and {max_tokens} new ones are more than the {model.max_positions} positions '
+                     'of the model')
+  padded = prompts + [[0]] * (-len(prompts) % axis_size('B'))
+  tokens_BT = np.zeros((len(padded), longest), np.int32)
   segment_ids_BT = np.zeros_like(tokens_BT)
   for row, prompt in enumerate(padded):
     tokens_BT[row, longest - len(prompt):] = prompt
     segment_ids_BT[row, longest - len(prompt):] = 1
   positions_BT = np.maximum(np.cumsum(segment_ids_BT, axis=1, dtype=np.int32) - 1, 0)
-  sample = jax.jit(functools.partial(_generate, model, compute, max_tokens, temperature, top_p, eot))
+  sample = jax.jit(functools.partial(_generate, model, compute, max_tokens, temperature, top_p, tuple(eos)))
   rows = [jax.device_put(a, spec('BM')) for a in (tokens_BT, segment_ids_BT, positions_BT)]
   out_BT = np.asarray(sample(params, *rows, jax.random.key(seed)))
-  return [cut(row.tolist(), eot) for row in out_BT[:len(prompts)]]
+  return [cut(row.tolist(), eos) for row in out_BT[:len(prompts)]]
 
 
-def cut(tokens: list[int], eot: int) -> list[int]:
-  """Tokens before the first end of text."""
-  return tokens[:tokens.index(eot)] if eot in tokens else tokens
+def cut(tokens: list[int], eos: Sequence[int]) -> list[int]:
+  """Tokens before the first that ends a document."""
+  return tokens[:next((i for i, token in enumerate(tokens) if token in eos), len(tokens))]
 
 
-def _generate(model, compute, max_tokens, temperature, top_p, eot, params, tokens_BT, segment_ids_BT,
+def _generate(model, compute, max_tokens, temperature, top_p, eos, params, tokens_BT, segment_ids_BT,
               positions_BT, key):
   B, T = tokens_BT.shape
   ids_BM = jnp.concatenate([segment_ids_BT, jnp.ones((B, max_tokens), jnp.int32, out_sharding=spec('BM'))], axis=1)
@@ -60,14 +65,15 @@ def _generate(model, compute, max_tokens, temperature, top_p, eot, params, token
 
   def body(carry):
     i, token_B, caches, out_BT, done_B = carry
-    done_B = done_B | (token_B == eot)
-    out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, jnp.where(done_B, eot, token_B)[:, None], i, 1)
+    out_BT = jax.lax.dynamic_update_slice_in_dim(out_BT, token_B[:, None], i, 1)
+    for end in eos:
+      done_B |= token_B == end
     ones_B1 = jnp.ones((B, 1), jnp.int32, out_sharding=spec('BM'))
     hidden_BTD, caches = params.extend(model, compute, token_B[:, None], ones_B1, positions_BT[:, -1:] + 1 + i, caches,
                                        Past(ids_BM, T + i))
     return i + 1, pick(hidden_BTD, i + 1), caches, out_BT, done_B
 
-  out_BT = jnp.full((B, max_tokens), eot, jnp.int32, out_sharding=spec('BM'))
+  out_BT = jnp.zeros((B, max_tokens), jnp.int32, out_sharding=spec('BM'))
   done_B = jnp.zeros((B,), bool, out_sharding=spec('B'))
   carry = (0, pick(hidden_BTD, 0), caches, out_BT, done_B)
   return jax.lax.while_loop(lambda c: (c[0] < max_tokens) & ~jnp.all(c[4]), body, carry)[3]

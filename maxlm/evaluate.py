@@ -6,11 +6,12 @@ right one.
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from data_pipeline import loader
+from data_pipeline import loader, shards
 from maxlm import flags
 from maxlm.evals import evaluate, total
 from maxlm.load import Model, load
@@ -18,7 +19,7 @@ from maxlm.sharding import axis_size, spec
 from maxlm.step import eval_step
 
 CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'WORKDIR of a run (its newest checkpoint) or WORKDIR@STEP')
-DATA = flags.DEFINE_string('data', '', 'a corpus made by data_pipeline.build (default: the one the run was trained on)')
+DATA = flags.DEFINE_string('data', '', 'a corpus made by data_pipeline.build (default: the one of the run)')
 ROWS = flags.DEFINE_integer('rows', 256, 'held-out rows of each source, at most')
 BATCH = flags.DEFINE_integer('batch_size', 8, 'rows at a time')
 AS_JSON = flags.DEFINE_bool('json', False, 'one JSON object instead of a table')
@@ -32,10 +33,15 @@ def main() -> int:
   if ROWS.value < 1 or BATCH.value < 1:
     raise ValueError(f'--rows={ROWS.value} and --batch_size={BATCH.value} must be at least 1')
   model = load(CHECKPOINT.value)
-  corpus = loader.open_corpus(DATA.value or model.config.data.corpus, model.config.data.seq_len)
+  if not DATA.value and model.config is None:
+    raise ValueError(f'{CHECKPOINT.value} was not trained here: give --data=CORPUS')
+  directory = Path(DATA.value or model.config.data.corpus)
+  seq_len = model.config.data.seq_len if model.config else max(shards.read_manifest(directory)['seq_lens'])
+  corpus = loader.open_corpus(directory, seq_len)
   if corpus.tokenizer_path.read_text() != model.tokenizer_text:
     raise ValueError(f'{corpus.directory} was made with another tokenizer than the model in {CHECKPOINT.value}: build the '
                      'corpus with the tokenizer in that workdir')
+  model.check_length(seq_len)
   batch_size = BATCH.value + -BATCH.value % axis_size('B')
   scores = evaluate(jax.jit(functools.partial(score, model)), model.params, corpus, ROWS.value, batch_size)
   scores |= {'all': total(scores)}
@@ -52,14 +58,12 @@ def main() -> int:
 
 def score(model: Model, params, batch: dict) -> dict[str, jax.Array]:
   """What `step.eval_step` gives, and the number of tokens that were the likeliest."""
-  config = model.config.step_config(jax.default_backend(), 1)
-  config.compute = model.compute
-  return {**eval_step(config, params, batch), 'hits': hits(model, params, batch)}
+  return {**eval_step(model.model, model.compute, params, batch), 'hits': hits(model, params, batch)}
 
 
 def hits(model: Model, params, batch: dict) -> jax.Array:
-  """Real positions whose target is the token with the highest logit, a few positions of every row at a time."""
-  x_BTD = params.hidden(model.config.model, model.compute, batch['tokens'], batch['segment_ids'], batch['positions'])
+  """Targets that count and are the token with the highest logit, a few positions of every row at a time."""
+  x_BTD = params.hidden(model.model, model.compute, batch['tokens'], batch['segment_ids'], batch['positions'])
   T = batch['targets'].shape[1]
   chunk = next(n for n in range(min(HEAD_TOKENS, T), 0, -1) if T % n == 0)
 
@@ -69,11 +73,11 @@ def hits(model: Model, params, batch: dict) -> jax.Array:
     return jnp.moveaxis(split, 1, 0)
 
   def count(part):
-    x_BMD, targets_BM, ids_BM = part
-    likeliest_BM = jnp.argmax(jax.reshard(params.logits(model.config.model, x_BMD), jax.P(*spec('B'), None, None)), axis=-1)
-    return jnp.sum((likeliest_BM == targets_BM) & (ids_BM > 0))
+    x_BMD, targets_BM, mask_BM = part
+    likeliest_BM = jnp.argmax(jax.reshard(params.logits(model.model, x_BMD), jax.P(*spec('B'), None, None)), axis=-1)
+    return jnp.sum((likeliest_BM == targets_BM) & (mask_BM > 0))
 
-  return jnp.sum(jax.lax.map(count, (chunks(x_BTD), chunks(batch['targets']), chunks(batch['segment_ids']))))
+  return jnp.sum(jax.lax.map(count, (chunks(x_BTD), chunks(batch['targets']), chunks(batch['loss_mask']))))
 
 
 if __name__ == '__main__':

@@ -47,8 +47,9 @@ DEFINE_bool, DEFINE_enum, DEFINE_float, DEFINE_integer, DEFINE_list, DEFINE_stri
   for kind in ('bool', 'enum', 'float', 'integer', 'list', 'string'))
 
 
-def run(main: Callable[..., int | None], *, default_config: str | None = None) -> typing.NoReturn:
-  """Parses sys.argv, calls main and exits. default_config: the file loaded where --config is not given."""
+def run(main: Callable[..., int | None], *, default_config: str | None = None, words: bool = False) -> typing.NoReturn:
+  """Parses sys.argv, calls main and exits. default_config: the file loaded where --config is not given. words: main gets
+  the list of arguments that are no flags, which are refused otherwise."""
   command, args = sys.argv[0], [arg for arg in sys.argv[1:] if arg != '--traceback']
   try:
     config_name, overrides, plain = default_config, [], args
@@ -57,12 +58,12 @@ def run(main: Callable[..., int | None], *, default_config: str | None = None) -
     own = _own_flags(main, command)
     if asks_help := any(arg in ('--help', '-help', '-h', '--helpfull') for arg in plain):
       plain = []
-    _parse_plain(command, plain, own, has_config=default_config is not None)
+    rest = _parse_plain(command, plain, own, has_config=default_config is not None, words=words)
     configs = [] if default_config is None else [load_config(config_name, overrides)]
     if asks_help:
       print(usage(main, own, config_name, *configs))
       sys.exit(0)
-    sys.exit(main(*configs))
+    sys.exit(main(*configs, *([rest] if words else [])))
   except (ValueError, OSError) as error:
     if '--traceback' in sys.argv or not is_for_user(error):
       raise
@@ -212,7 +213,8 @@ def _own_flags(main: Callable, command: str) -> list[flags.Flag]:
   return list(flags.FLAGS.flags_by_module_dict().get(module, ()))
 
 
-def _parse_plain(command: str, args: list[str], own: Sequence[flags.Flag], *, has_config: bool) -> None:
+def _parse_plain(command: str, args: list[str], own: Sequence[flags.Flag], *, has_config: bool, words: bool) -> list[str]:
+  """Sets the flags; the words that are none, if the command takes words."""
   names = [flag.name for flag in own] + ['help', 'traceback'] + ['config'] * has_config
   try:
     rest = flags.FLAGS([command, *args])[1:]
@@ -223,9 +225,10 @@ def _parse_plain(command: str, args: list[str], own: Sequence[flags.Flag], *, ha
     raise ValueError(f'--{name}: no such flag; {hint}') from None
   except flags.Error as error:
     raise ValueError(str(error)) from None
-  if rest:
+  if rest and not words:
     hint = f'; did you mean --config={rest[0]}?' if has_config and rest[0].partition(':')[0].endswith('.py') else ''
     raise ValueError(f'unexpected argument {rest[0]!r}{hint}')
+  return rest
 
 
 def _field_texts(cls: type) -> dict[str, str]:

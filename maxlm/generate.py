@@ -22,8 +22,8 @@ def main() -> int:
   if SAMPLES.value < 1:
     raise ValueError(f'--samples={SAMPLES.value} must be at least 1')
   model = load(CHECKPOINT.value)
-  prompt = [model.eot, *model.tokenizer.encode(PROMPT.value).ids]
-  samples = generate(model.params, model.config.model, model.compute, [prompt] * SAMPLES.value, eot=model.eot,
+  prompt = model.prompt(PROMPT.value)
+  samples = generate(model.params, model.model, model.compute, [prompt] * SAMPLES.value, eos=model.eos,
                      max_tokens=MAX_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value)
   for i, ids in enumerate(samples):
     text = PROMPT.value + model.tokenizer.decode(ids)

@@ -1,43 +1,92 @@
-"""A trained model from a checkpoint, for the commands that use it."""
+"""A trained or imported model from a checkpoint, for the commands that use it."""
 
 import dataclasses
+import json
+from typing import Any
 
 import jax
 import tokenizers
+from etils import epath
 
 from data_pipeline.tokenizer import END_OF_TEXT
 from maxlm import typed_json
 from maxlm.checkpoint import find
 from maxlm.config import Experiment
-from maxlm.models.decoder import ComputeConfig, Decoder
+from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from maxlm.sharding import MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Model:
-  """step: of the checkpoint. compute: for this machine. tokenizer_text: its file. eot: the token that begins
-  and ends a document."""
+  """model: the architecture. config: of the run that trained it (None: imported). compute: for this machine. tokenizer_text:
+  its file, or None. bos: the token that begins a document, if there is one; begins: prompts get it here, not from the
+  tokenizer. eos: the tokens that end a document. step: of the checkpoint."""
 
-  config: Experiment
+  model: DecoderConfig
+  config: Experiment | None
   compute: ComputeConfig
   params: Decoder
-  tokenizer: tokenizers.Tokenizer
-  tokenizer_text: str
-  eot: int
+  tokenizer: tokenizers.Tokenizer | None
+  tokenizer_text: str | None
+  bos: int | None
+  begins: bool
+  eos: tuple[int, ...]
   step: int
+
+  def prompt(self, text: str) -> list[int]:
+    """Tokens of the beginning of a document. ValueError without a tokenizer, or where nothing can begin an empty one."""
+    if self.tokenizer is None:
+      raise ValueError('this model came without tokenizer.json: put the file into its workdir')
+    ids = self.tokenizer.encode(text).ids
+    if self.bos is not None and (not ids or self.begins and ids[0] != self.bos):
+      return [self.bos, *ids]
+    if not ids:
+      raise ValueError('this model has no token that begins a document: give a prompt')
+    return ids
+
+  def check_length(self, length: int) -> None:
+    """ValueError for more tokens in a row than the model has positions."""
+    if self.model.max_positions is not None and length > self.model.max_positions:
+      raise ValueError(f'rows of {length} tokens are longer than the {self.model.max_positions} positions of this model')
 
 
 def load(checkpoint: str, dtype: str | None = None) -> Model:
-  """The parameters of WORKDIR or WORKDIR@STEP, split over all devices, and what belongs to them. Sets the mesh.
+  """The parameters of WORKDIR or WORKDIR@STEP in fp32, split over all devices, and what belongs to them. Sets the mesh.
 
   dtype: of the computation (None: bfloat16 on accelerators, float32 on CPU). FileNotFoundError if there is no checkpoint.
   """
   checkpoints, step = find(checkpoint)
-  config = typed_json.decode(checkpoints.meta(step)['config'], Experiment)
-  compute = dataclasses.replace(config.compute, dtype=dtype, kernel=None).resolve(jax.default_backend())
+  meta, workdir = checkpoints.meta(step), checkpoints.directory.parent
+  config = typed_json.decode(meta['config'], Experiment) if 'config' in meta else None
+  model = config.model if config else typed_json.decode(meta['model'], DecoderConfig)
+  compute = dataclasses.replace(config.compute if config else ComputeConfig(), dtype=dtype, kernel=None)
+  text = (workdir / 'tokenizer.json').read_text() if (workdir / 'tokenizer.json').exists() else None
+  tokenizer = tokenizers.Tokenizer.from_str(text) if text is not None else None
+  if config:
+    eot = tokenizer.token_to_id(END_OF_TEXT)
+    ends = {'bos': eot, 'begins': True, 'eos': (eot,)}
+  else:
+    ends = document_ends(workdir, meta['hf']['config'], tokenizer)
   jax.set_mesh(make_mesh(MeshConfig()))
-  like = jax.eval_shape(lambda: Decoder(config.model, jax.random.key(0)))
-  tokenizer_text = (checkpoints.directory.parent / 'tokenizer.json').read_text()
-  tokenizer = tokenizers.Tokenizer.from_str(tokenizer_text)
-  return Model(config=config, compute=compute, params=checkpoints.restore_params(step, like), tokenizer=tokenizer,
-               tokenizer_text=tokenizer_text, eot=tokenizer.token_to_id(END_OF_TEXT), step=step)
+  like = jax.eval_shape(lambda: Decoder(model, jax.random.key(0)))
+  return Model(model=model, config=config, compute=compute.resolve(jax.default_backend()), tokenizer=tokenizer,
+               params=checkpoints.restore_params(step, like), tokenizer_text=text, step=step, **ends)
+
+
+def document_ends(workdir: epath.Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any]:
+  """`bos`, `begins` and `eos` of an imported model, from generation_config.json, then config.json, then the tokenizer's."""
+  def read(name):
+    return json.loads((workdir / name).read_text()) if (workdir / name).exists() else {}
+
+  generation, words = read('generation_config.json'), read('tokenizer_config.json')
+
+  def tokens(kind):
+    for source in (generation, config):
+      if (ids := source.get(f'{kind}_token_id')) is not None:
+        return tuple(ids) if isinstance(ids, list) else (ids,)
+    word = words.get(f'{kind}_token')
+    word = word.get('content') if isinstance(word, dict) else word
+    token = tokenizer.token_to_id(word) if tokenizer is not None and isinstance(word, str) else None
+    return () if token is None else (token,)
+
+  return {'bos': next(iter(tokens('bos')), None), 'begins': words.get('add_bos_token') is True, 'eos': tokens('eos')}

@@ -36,8 +36,9 @@ def main() -> int:
     raise FileNotFoundError(f'--out={OUT.value}: its directory does not exist')
   jax.config.update('jax_default_matmul_precision', 'highest')
   model = load(CHECKPOINT.value, dtype='float32')
-  if tokens.max(initial=0) >= model.config.model.vocab_size:
-    raise ValueError(f'{TOKENS.value} has token {tokens.max()}, and the model knows 0 … {model.config.model.vocab_size - 1}')
+  if tokens.max(initial=0) >= model.model.vocab_size:
+    raise ValueError(f'{TOKENS.value} has token {tokens.max()}, and the model knows 0 … {model.model.vocab_size - 1}')
+  model.check_length(tokens.shape[1])
   out = score(model, tokens, batch_size=BATCH.value, logits=LOGITS.value)
   with open(OUT.value, 'wb') as file:
     np.savez(file, **out)
@@ -63,7 +64,7 @@ def score(model: Model, tokens: np.ndarray, *, batch_size: int, logits: bool = F
   n_rows, length = tokens.shape
   batch_size += -batch_size % axis_size('B')
   padded = np.pad(tokens, ((0, -n_rows % batch_size), (0, -length % 128)), constant_values=-1)
-  run = jax.jit(functools.partial(_score, model.config.model, model.compute, logits))
+  run = jax.jit(functools.partial(_score, model.model, model.compute, logits))
   parts = [run(model.params, jax.device_put(padded[i:i + batch_size], spec('BT')))
            for i in range(0, len(padded), batch_size)]
   names = ('log_probs', 'logits')[:1 + logits]
@@ -72,7 +73,7 @@ def score(model: Model, tokens: np.ndarray, *, batch_size: int, logits: bool = F
 
 def _score(config, compute, logits, params, tokens_BT):
   B, T = tokens_BT.shape
-  positions_BT = jax.lax.broadcasted_iota(jnp.int32, (B, T), 1, out_sharding=spec('BT'))
+  positions_BT = jax.lax.broadcasted_iota(jnp.int32, (B, T), 1, out_sharding=spec('BT')) * (tokens_BT >= 0)
   x_BTD = params.hidden(config, compute, jnp.maximum(tokens_BT, 0), (tokens_BT >= 0).astype(jnp.int32), positions_BT)
   next_BT = jnp.roll(jax.reshard(tokens_BT, spec('BM')), -1, axis=1)  # M: time is whole
   scored_BT = jax.reshard((next_BT >= 0) & (jnp.arange(T) < T - 1), spec('BT'))

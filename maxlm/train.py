@@ -111,7 +111,7 @@ def set_up(config: Experiment, workdir: Path, started: float) -> tuple[Setup, Tr
   say(f'compile  done, {time.time() - started:.1f} s after the start')
   return Setup(config=config, workdir=workdir, corpus=corpus, checkpoints=checkpoints, meta=meta, first_step=first_step,
                batches=itertools.chain([first_batch], batches), update=update,
-               score=jax.jit(functools.partial(eval_step, step_config)), log=log), state
+               score=jax.jit(functools.partial(eval_step, step_config.model, step_config.compute)), log=log), state
 
 
 def open_corpus(config: Experiment) -> loader.Corpus:
@@ -287,7 +287,7 @@ def sample(setup: Setup, state: TrainState) -> list[str]:
   tokenizer = tokenizers.Tokenizer.from_file(str(setup.corpus.tokenizer_path))
   prompts = ['', 'The ', 'To create a ']
   tokens = [[eot, *tokenizer.encode(prompt).ids] for prompt in prompts]
-  out = generate(state.params, config.model, config.compute.resolve(jax.default_backend()), tokens, eot=eot, max_tokens=64,
+  out = generate(state.params, config.model, config.compute.resolve(jax.default_backend()), tokens, eos=[eot], max_tokens=64,
                  temperature=0.8, top_p=0.95, seed=config.seed)
   return [prompt + tokenizer.decode(ids) for prompt, ids in zip(prompts, out)]
 

@@ -15,50 +15,11 @@ from maxlm.data import to_device
 from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.rows import Past
-from maxlm.losses import LossConfig, next_token_loss
-from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerSpec, empty_caches, stack_of_layer
+from maxlm.models.decoder import Decoder, LayerSpec, empty_caches, stack_of_layer
+from tests.models import FP32, assert_same_gradients, gradients, hidden, perturbed
 from tests.rows import pack, random_batch
 
-FP32 = ComputeConfig(dtype='float32', kernel='chunked')
 MODEL = tiny.get_config().model
-
-
-def perturbed(model: DecoderConfig, seed: int = 0) -> Decoder:
-  """Weights with no norm scale left at 1 and no bias or sink at 0, so that a skipped one shows."""
-  def draw(key):
-    init_key, noise_key = jax.random.split(key)
-    leaves, treedef = jax.tree.flatten(Decoder(model, init_key))
-    noise = jax.random.normal(noise_key, (sum(w.size for w in leaves),))
-    starts = np.cumsum([0] + [w.size for w in leaves])
-    return treedef.unflatten([
-      w + 0.1 * jax.reshard(noise[a:b].reshape(w.shape), jax.typeof(w).sharding.spec)
-      for w, a, b in zip(leaves, starts, starts[1:])])
-  return jax.jit(draw)(jax.random.key(seed))
-
-
-def hidden(params, batch, model=MODEL, compute=FP32):
-  device = to_device(batch)
-  return np.asarray(jax.jit(functools.partial(Decoder.hidden, config=model, compute=compute))(
-    params, tokens_BT=device['tokens'], segment_ids_BT=device['segment_ids'], positions_BT=device['positions']))
-
-
-def gradients(params, batch, model=MODEL, compute=FP32):
-  """(loss, gradients as {name: array}) of the mean loss."""
-  n = int((batch['segment_ids'] > 0).sum())
-
-  def loss(params, batch):
-    return next_token_loss(params, model, compute, LossConfig(z_loss=1e-3), batch)[0] / n
-
-  value, grads = jax.jit(jax.value_and_grad(loss))(params, to_device(batch))
-  return float(value), {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
-
-
-def assert_same_gradients(a, b, rtol):
-  assert a.keys() == b.keys()
-  for name in a:
-    scale = np.abs(a[name]).max()
-    assert scale > 0, f'{name} has no gradient'
-    np.testing.assert_allclose(b[name], a[name], atol=rtol * scale, rtol=0, err_msg=name)
 
 
 def test_a_token_moves_the_outputs_that_may_see_it_and_no_other(mesh_of):
@@ -91,13 +52,13 @@ def test_a_packed_document_has_the_hidden_states_and_gradients_it_has_alone(mesh
   alone = pack([[d] for d in documents], 64)
   with mesh_of(1):
     params = perturbed(MODEL)
-    together, apart = hidden(params, packed), hidden(params, alone)
+    together, apart = hidden(params, packed, MODEL), hidden(params, alone, MODEL)
     starts = [(0, 0), (0, 30), (0, 33), (1, 0), (1, 40)]
     for (row, start), document, row_alone in zip(starts, documents, apart):
       n = len(document) - 1
       np.testing.assert_allclose(together[row, start:start + n], row_alone[:n], atol=2e-5)
-    loss_a, grads_a = gradients(params, packed)
-    loss_b, grads_b = gradients(params, alone)
+    loss_a, grads_a = gradients(params, packed, MODEL)
+    loss_b, grads_b = gradients(params, alone, MODEL)
     assert loss_a == pytest.approx(loss_b, rel=1e-6)
     assert_same_gradients(grads_a, grads_b, 2e-5)
 
@@ -107,10 +68,10 @@ def test_a_packed_document_has_the_hidden_states_and_gradients_it_has_alone(mesh
 def test_loss_and_every_gradient_leaf_are_the_same_on_any_mesh(mesh_of, sizes):
   batch = random_batch(np.random.default_rng(2), 8, 64, 512)
   with mesh_of(1):
-    loss_one, grads_one = gradients(perturbed(MODEL), batch)
+    loss_one, grads_one = gradients(perturbed(MODEL), batch, MODEL)
   with mesh_of(math.prod(sizes.values()), **{'fsdp': 1, **sizes}):
     params = perturbed(MODEL)
-    loss_many, grads_many = gradients(params, batch)
+    loss_many, grads_many = gradients(params, batch, MODEL)
   assert loss_many == pytest.approx(loss_one, rel=1e-6)
   assert_same_gradients(grads_one, grads_many, 2e-5)
 
@@ -167,7 +128,7 @@ def test_logits_of_the_cache_equal_the_full_forward(mesh_of):
   positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
   with mesh_of(1):
     params = perturbed(MODEL)
-    full = hidden(params, {'tokens': tokens, 'segment_ids': segments, 'positions': positions})
+    full = hidden(params, {'tokens': tokens, 'segment_ids': segments, 'positions': positions}, MODEL)
     caches = empty_caches(MODEL, FP32, 2, 40)
     extend = jax.jit(functools.partial(Decoder.extend, config=MODEL, compute=FP32))
     column, got = 0, []
@@ -185,12 +146,12 @@ def test_greedy_generation_takes_the_likeliest_next_token_and_stops_at_the_end(m
   with mesh_of(1):
     params = perturbed(MODEL)
     prompts = [[0, 5, 9, 11], [0, 7]]
-    out = decode.generate(params, MODEL, FP32, prompts, eot=0, max_tokens=12, temperature=0.0)
+    out = decode.generate(params, MODEL, FP32, prompts, eos=[0], max_tokens=12, temperature=0.0)
     for prompt, continuation in zip(prompts, out):
       tokens = np.array([prompt + continuation], np.int32)
       ones = np.ones_like(tokens)
       positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
-      h = hidden(params, {'tokens': tokens, 'segment_ids': ones, 'positions': positions})
+      h = hidden(params, {'tokens': tokens, 'segment_ids': ones, 'positions': positions}, MODEL)
       best = np.asarray(params.logits(MODEL, jax.device_put(h, jax.P(None, None, None)))).argmax(-1)[0]
       np.testing.assert_array_equal(best[len(prompt) - 1:-1], continuation)
       assert len(continuation) == 12 or best[-1] == 0

@@ -34,7 +34,7 @@ def uneven_batch() -> dict[str, np.ndarray]:
 
 
 def loss_and_gradients(config: StepConfig, params, batch) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
-  n_tokens = jnp.float32((batch['segment_ids'] > 0).sum())
+  n_tokens = jnp.float32(batch['loss_mask'].sum())
   grads, sums = jax.jit(functools.partial(gradients, config))(params, to_device(batch), n_tokens)
   return float(sums['nll_by_source'].sum() / n_tokens), named_arrays(grads), jax.device_get(sums)
 
@@ -83,10 +83,10 @@ def test_loss_and_tokens_of_each_source_are_those_of_its_rows(mesh_of, sizes):
 
 def test_token_counts_are_exact_where_fp32_is_not(mesh_of):
   """2^24 + 1 tokens of one source: fp32 would lose the last one."""
-  segment_ids = np.zeros((2, 2**24), np.int32)
-  segment_ids[0], segment_ids[1, 0] = 1, 1
+  loss_mask = np.zeros((2, 2**24), np.int32)
+  loss_mask[0], loss_mask[1, 0] = 1, 1
   with mesh_of(1):
-    batch = to_device({'segment_ids': segment_ids, 'source': np.zeros(2, np.int32)})
+    batch = to_device({'loss_mask': loss_mask, 'source': np.zeros(2, np.int32)})
     sums = jax.jit(functools.partial(sums_by_source, n_sources=1))(jnp.zeros((2, 1)), batch)
   assert int(sums['tokens_by_source'][0]) == 2**24 + 1
 
@@ -96,11 +96,11 @@ def test_two_steps_are_adamw_in_closed_form(mesh_of):
   optim = dataclasses.replace(tiny.get_config().optim, clip_norm=0.2, weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-6)
   config = step_config(optim=optim)
   both = jax.jit(lambda state, batch: (  # in one program, so that the gradients have the same bits
-    gradients(config, state.params, batch, jnp.sum(batch['segment_ids'] > 0).astype(jnp.float32))[0],
+    gradients(config, state.params, batch, jnp.sum(batch['loss_mask']).astype(jnp.float32))[0],
     *train_step(config, state, batch)))
   with mesh_of(1):
     state = jax.jit(functools.partial(init_state, config))(jax.random.key(1))
-    mask = named_leaves(decayed(state.params))
+    mask = decayed(named_leaves(state.params))
     w = {name: leaf.astype(np.float64) for name, leaf in named_arrays(state.params).items()}
     m, v = ({name: np.zeros_like(leaf) for name, leaf in w.items()} for _ in range(2))
     for step in (1, 2):
@@ -137,8 +137,8 @@ def test_evaluation_sums_nll_tokens_and_bytes_of_real_positions(mesh_of):
   batch['target_bytes'] = lengths * (batch['segment_ids'] > 0)
   with mesh_of(1):
     params = jax.jit(functools.partial(init_state, config))(jax.random.key(0)).params
-    sums = jax.device_get(jax.jit(functools.partial(eval_step, config))(params, to_device(batch)))
+    sums = jax.device_get(jax.jit(functools.partial(eval_step, config.model, config.compute))(params, to_device(batch)))
     loss, _, _ = loss_and_gradients(config, params, batch)
-  real = int((batch['segment_ids'] > 0).sum())
+  real = int(batch['loss_mask'].sum())
   assert (int(sums['tokens']), int(sums['bytes'])) == (real, int(batch['target_bytes'].sum()))
   assert float(sums['nll']) == pytest.approx(loss * real, rel=1e-6)

@@ -1,0 +1,339 @@
+"""A Hugging Face directory -> a MaxLM workdir, and back, tensor by tensor.
+
+Import maps the files into memory and puts each device's part of each parameter onto that device, reading just what the
+part needs; export takes one tensor after the other off the devices. At no time does the host hold a second copy of the
+model. Every tensor is used once and every parameter is filled once, or the names are told.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from data_pipeline.tokenizer import END_OF_TEXT
+from maxlm import typed_json
+from maxlm.checkpoint import Checkpoints, find, lineage, named_leaves
+from maxlm.hf.families import choose_family, families, family_of, read_config, write_config
+from maxlm.hf.mapping import Constant, Copy, Layout, LeftOut, Tensor, choose
+from maxlm.hf.tensors import Stored, ToWrite, open_directory, write_directory
+from maxlm.models.decoder import Decoder, DecoderConfig, stack_of_layer
+
+# What goes along with the weights, as it is.
+COMPANIONS = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
+              'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json', 'generation_config.json')
+
+BUFFERS = LeftOut(r'(.*\.)?rotary_emb\.inv_freq', 'angles of the rotary positions, which follow from the config')
+WEIGHT_DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
+DTYPE_CHOICES = ('keep', 'float32', 'bfloat16')
+HEADER_LIMIT = 100_000_000  # bytes of a JSON file that is read whole
+
+
+class Slot(NamedTuple):
+  """Where a weight of ours is: in a parameter, or in a row of a stacked one. shape: of the weight, without L."""
+
+  parameter: str
+  row: int | None
+  shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Bound:
+  """A tensor of theirs with the weights of ours that it holds."""
+
+  layout: Layout
+  slots: list[Slot]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Report:
+  """What was converted: shown to the user."""
+
+  family: str
+  n_tensors: int
+  n_bytes: int
+  n_parameters: int
+  dtypes: list[str]
+  seconds: float
+  notes: list[str]
+
+
+def parameters_of(model: DecoderConfig) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Slot]]:
+  """(parameters by name, weights by name): a stack 'stacks.0.mlp.w_up_DF' holds 'layers.3.mlp.w_up_DF' and others."""
+  like = named_leaves(jax.eval_shape(lambda: Decoder(model, jax.random.key(0))))
+  layers_of = defaultdict(list)
+  for layer, stack in enumerate(stack_of_layer(model)):
+    layers_of[str(stack)].append(layer)
+  slots = {}
+  for name, leaf in like.items():
+    if name.startswith('stacks.'):
+      _, stack, rest = name.split('.', 2)
+      for row, layer in enumerate(layers_of[stack]):
+        slots[f'layers.{layer}.{rest}'] = Slot(name, row, leaf.shape[1:])
+    else:
+      slots[name] = Slot(name, None, leaf.shape)
+  return like, slots
+
+
+def bind(entries: list, slots: dict[str, Slot]) -> list[Bound]:
+  """The entries for weights that the model has. ValueError unless each weight is in exactly one."""
+  bound, uses = [], defaultdict(list)
+  for entry in entries:
+    if not isinstance(entry, Tensor) or not any(part in slots for part in entry.parts):
+      continue
+    if absent := [part for part in entry.parts if part not in slots]:
+      raise ValueError(f'{entry.name} holds {absent[0]}, which this model does not have')
+    mine = [slots[part] for part in entry.parts]
+    bound.append(Bound(Layout(entry, [slot.shape for slot in mine]), mine))
+    for part in entry.parts:
+      uses[part].append(entry.name)
+  if unfilled := [name for name in slots if name not in uses]:
+    raise ValueError(f'the family has no tensor for {_listed(unfilled)}')
+  if twice := [f'{name} ({" and ".join(where)})' for name, where in uses.items() if len(where) > 1]:
+    raise ValueError(f'the family has several tensors for {_listed(twice)}')
+  return bound
+
+
+def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
+  """Writes the workdir `target` from the Hugging Face directory `source`, over the devices of the current mesh.
+
+  dtype: of the parameters in the checkpoint; 'keep' leaves each in that of the file (quantised ones: bfloat16).
+  ValueError, naming tensors or keys, for what does not fit; FileExistsError if `target` has a model already.
+  """
+  start = time.monotonic()
+  config = read_json(source / 'config.json')
+  family, model, notes = read_config(config)
+  checkpoints = Checkpoints(target / 'checkpoints')
+  if checkpoints.steps() or (target / 'config.json').exists():
+    raise FileExistsError(f'{target} has a model already: give a new directory')
+  stored = open_directory(source)
+  model = with_vocabulary_of(stored, family, model, notes)
+  entries = choose(family.tensors(model), stored)
+  like, slots = parameters_of(model)
+  bound = bind(entries, slots)
+  check(source, stored, entries, bound, notes)
+  params = load_parameters(stored, bound, like, dtype)
+  target.mkdir(parents=True, exist_ok=True)
+  for name in COMPANIONS:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)
+  meta = {'step': 0, 'model': typed_json.encode(model, DecoderConfig), 'lineage': lineage(), 'hf': {'config': config}}
+  checkpoints.save(0, params=params, opt=None, meta=meta)
+  checkpoints.close()
+  return Report(family=family.__name__.rpartition('.')[2], n_tensors=sum(len(b.layout.names) for b in bound),
+                n_bytes=sum(stored[name].nbytes for b in bound for name in b.layout.names), notes=notes,
+                n_parameters=sum(leaf.size for leaf in params.values()), seconds=time.monotonic() - start,
+                dtypes=sorted({leaf.dtype.name for leaf in params.values()}))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file. ValueError with its name if there is none in it."""
+  if not path.is_file():
+    raise FileNotFoundError(f'{path} is not there: is {path.parent} a Hugging Face model?')
+  if path.stat().st_size > HEADER_LIMIT:
+    raise ValueError(f'{path}: {path.stat().st_size:,} bytes are too many for a configuration')
+  try:
+    plain = json.loads(path.read_text(encoding='utf-8'))
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    raise ValueError(f'{path}: not JSON: {error}') from None
+  if not isinstance(plain, dict):
+    raise ValueError(f'{path}: expected an object, got {type(plain).__name__}')
+  return plain
+
+
+def with_vocabulary_of(stored: dict[str, Stored], family, model: DecoderConfig, notes: list[str]) -> DecoderConfig:
+  """The model with as many rows of embeddings as the file has: some files are padded beyond what the config says."""
+  for entry in choose(family.tensors(model), stored):
+    if isinstance(entry, Tensor) and entry.ours == 'embed_VD' and entry.name in stored:
+      shape, dims = stored[entry.name].shape, entry.layout.split()
+      rows = shape[dims.index('V')] if len(shape) == len(dims) else model.vocab_size
+      if rows > model.vocab_size:
+        notes.append(f'{entry.name} has {rows:,} rows for a vocabulary of {model.vocab_size:,}: all are kept')
+        return dataclasses.replace(model, vocab_size=rows)
+  return model
+
+
+def check(source: Path, stored: dict[str, Stored], entries: list, bound: list[Bound], notes: list[str]) -> None:
+  """ValueError, naming them, for tensors that are missing, not used, of another shape or dtype, or not what they must be."""
+  shapes = {name: b.layout.shape for b in bound for name in b.layout.names}
+  constants = {entry.name: entry for entry in entries if isinstance(entry, Constant)}
+  shapes |= {name: constant.shape for name, constant in constants.items()}
+  copies = {entry.name: entry.of for entry in entries if isinstance(entry, Copy) and entry.name in stored}
+  left_out = [entry for entry in entries if isinstance(entry, LeftOut)] + [BUFFERS]
+  extra = [name for name in stored if name not in shapes and name not in copies]
+  for entry in left_out:
+    if matching := [name for name in extra if re.fullmatch(entry.pattern, name)]:
+      notes.append(f'left out {_listed(matching, 1)}: {entry.why}')
+      extra = [name for name in extra if name not in matching]
+  problems = {'missing': [name for name in shapes if name not in stored], 'not used': extra}
+  here = {name: shape for name, shape in shapes.items() if name in stored}
+  problems['of another shape'] = [f'{name} {stored[name].shape}, where the config says {shape}'
+                                  for name, shape in here.items() if stored[name].shape != shape]
+  problems['of a dtype that weights do not have'] = [f'{name} {stored[name].dtype.name}' for name in here
+                                                     if stored[name].dtype.name not in WEIGHT_DTYPES]
+  if not any(problems.values()):
+    problems['not a copy'] = [f'{name} of {of}' for name, of in copies.items() if not _equal(stored[name], stored[of])]
+    problems['another constant'] = [f'{name}, which is {c.value}' for name, c in constants.items()
+                                    if (stored[name].array() != np.array(c.value, stored[name].dtype)).any()]
+  if any(problems.values()):
+    raise ValueError(f'{source}: ' + '; '.join(f'{kind}: {_listed(names)}' for kind, names in problems.items() if names))
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+  return one.shape == other.shape and bool((one.array() == other.array()).all())
+
+
+def load_parameters(stored: dict[str, Stored], bound: list[Bound], like: dict[str, jax.ShapeDtypeStruct],
+                    dtype: str) -> dict[str, jax.Array]:
+  """The parameters on the current mesh, one after the other, of each device its part."""
+  sources = defaultdict(list)  # parameter -> (row, layout, part)
+  for b in bound:
+    for part, slot in enumerate(b.slots):
+      sources[slot.parameter].append((slot.row, b.layout, part))
+  params = {}
+  for name, leaf in like.items():
+    files = {stored[theirs].dtype.name for _, layout, _ in sources[name] for theirs in layout.names}
+    kept = files.pop() if len(files) == 1 else 'float32'
+    wanted = jnp.dtype(dtype if dtype != 'keep' else 'float32' if kept == 'float64' else kept)
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+    devices_of = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+      devices_of[tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape))].append(device)
+    arrays = []
+    for index, devices in devices_of.items():
+      host = read_part(stored, sources[name], index, wanted)
+      arrays += [jax.device_put(host, device) for device in devices]
+    params[name] = jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+  return params
+
+
+def read_part(stored: dict[str, Stored], sources: list, index: tuple[slice, ...], dtype) -> np.ndarray:
+  """What the slices `index` of a parameter are, from the tensors that hold it. sources: (row, layout, part) of each."""
+  out = np.empty([i.stop - i.start for i in index], dtype)
+  for row, layout, part in sources:
+    if row is None:
+      to, inner = out, index
+    elif index[0].start <= row < index[0].stop:
+      to, inner = out[row - index[0].start], index[1:]
+    else:
+      continue
+    if layout.each is None:
+      to[...] = layout.read(stored[layout.names[0]].array(), part)[inner]
+      continue
+    each, rest = inner[layout.each], inner[:layout.each] + inner[layout.each + 1:]
+    to = np.moveaxis(to, layout.each, 0)
+    for i in range(each.start, each.stop):
+      to[i - each.start] = layout.read(stored[layout.names[i]].array(), part)[rest]
+  return out
+
+
+def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family: str | None = None,
+                     max_shard_bytes: int = 5 * 10**9) -> Report:
+  """Writes a checkpoint (WORKDIR or WORKDIR@STEP) as the new Hugging Face directory `target`.
+
+  family: the file of maxlm/hf to use; None: the one it was imported from, or whichever can express the model.
+  ValueError that names what cannot be expressed.
+  """
+  start = time.monotonic()
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise FileExistsError(f'{target} exists and is not an empty directory: give a new one')
+  checkpoints, step = find(checkpoint)
+  workdir, meta = Path(checkpoints.directory).parent, checkpoints.meta(step)
+  model = typed_json.decode(meta['model'] if 'model' in meta else meta['config']['model'], DecoderConfig)
+  module, config = config_for(model, meta, family)
+  like, slots = parameters_of(model)
+  entries = choose(module.tensors(model))
+  bound = bind(entries, slots)
+  dtypes = checkpoints.dtypes(step) if dtype == 'keep' else dict.fromkeys(like, dtype)
+  like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding) for name, leaf in like.items()}
+  params = checkpoints.restore_params(step, like)
+  tensors = [tensor for b in bound for tensor in to_write(b, params)]
+  tensors += [constant_to_write(entry, tensors) for entry in entries if isinstance(entry, Constant)]
+  scratch = target.with_name(f'.{target.name}.partial')
+  shutil.rmtree(scratch, ignore_errors=True)
+  scratch.mkdir(parents=True)
+  write_directory(scratch, tensors, max_shard_bytes)
+  config |= companions(workdir, scratch, model, config)
+  common = max({t.dtype for t in tensors}, key=lambda d: sum(t.nbytes for t in tensors if t.dtype == d)).name
+  config['dtype' if 'dtype' in config else 'torch_dtype'] = common
+  (scratch / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+  scratch.replace(target)
+  return Report(family=module.__name__.rpartition('.')[2], n_tensors=len(tensors), notes=[],
+                n_bytes=sum(t.nbytes for t in tensors), n_parameters=sum(leaf.size for leaf in params.values()),
+                dtypes=sorted({t.dtype.name for t in tensors}), seconds=time.monotonic() - start)
+
+
+def config_for(model: DecoderConfig, meta: dict[str, Any], family: str | None) -> tuple[Any, dict[str, Any]]:
+  """(family, config.json). An imported model that was not changed has the one it came with."""
+  original = meta.get('hf', {}).get('config')
+  if family is not None:
+    if family not in families():
+      raise ValueError(f'--family={family}: there are {", ".join(families())}')
+    return families()[family], write_config(families()[family], model)
+  if original is not None and 'text_config' not in original:
+    module, as_imported, _ = read_config(original)
+    if as_imported == model:
+      return module, {key: value for key, value in original.items() if key != 'quantization_config'}
+  module, config = choose_family(model, original and family_of(original['model_type']))
+  length = (original or {}).get('max_position_embeddings') or meta.get('config', {}).get('data', {}).get('seq_len')
+  return module, {'max_position_embeddings': length} | config
+
+
+def to_write(b: Bound, params: dict[str, jax.Array]) -> list[ToWrite]:
+  """The tensors of theirs that a `Bound` stands for, made when they are written."""
+  dtype = jnp.result_type(*(params[slot.parameter].dtype for slot in b.slots))
+  dtype = np.dtype(np.float32) if b.layout.fp32 else dtype
+  weights: list[np.ndarray] = []  # off the devices once, for all experts
+
+  def make(i: int) -> np.ndarray:
+    if not weights:
+      weights.extend(np.asarray(params[s.parameter] if s.row is None else params[s.parameter][s.row]) for s in b.slots)
+    theirs = np.empty(b.layout.shape, dtype)
+    for part, ours in enumerate(weights):
+      b.layout.write(theirs, part, ours if b.layout.each is None else ours.take(i, axis=b.layout.each))
+    if i == len(b.layout.names) - 1:
+      weights.clear()
+    return theirs
+
+  return [ToWrite(name, dtype, b.layout.shape, lambda i=i: make(i)) for i, name in enumerate(b.layout.names)]
+
+
+def constant_to_write(entry: Constant, others: list[ToWrite]) -> ToWrite:
+  """A tensor of one value, in the dtype that most of the others have."""
+  dtype = max({t.dtype for t in others}, key=lambda d: sum(t.dtype == d for t in others))
+  return ToWrite(entry.name, dtype, entry.shape, lambda: np.full(entry.shape, entry.value, dtype))
+
+
+def companions(workdir: Path, target: Path, model: DecoderConfig, config: dict[str, Any]) -> dict[str, Any]:
+  """Copies the tokenizer and what goes with it; of a model trained here, writes what transformers wants besides.
+
+  Returns keys for config.json. ValueError if the tokenizer has more tokens than the model.
+  """
+  for name in COMPANIONS:
+    if (workdir / name).is_file():
+      shutil.copyfile(workdir / name, target / name)
+  if not (target / 'tokenizer.json').exists():
+    return {}
+  tokenizer = tokenizers.Tokenizer.from_file(str(target / 'tokenizer.json'))
+  if tokenizer.get_vocab_size() > model.vocab_size:
+    raise ValueError(f'the tokenizer in {workdir} has {tokenizer.get_vocab_size():,} tokens, the model {model.vocab_size:,}')
+  if (target / 'tokenizer_config.json').exists() or tokenizer.token_to_id(END_OF_TEXT) is None:
+    return {}
+  ids = dict.fromkeys(('bos_token_id', 'eos_token_id'), tokenizer.token_to_id(END_OF_TEXT))
+  text = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT,
+          'clean_up_tokenization_spaces': False, 'model_max_length': config.get('max_position_embeddings')}
+  (target / 'tokenizer_config.json').write_text(json.dumps(text, indent=2) + '\n')
+  (target / 'generation_config.json').write_text(json.dumps(ids, indent=2) + '\n')
+  return ids
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+  return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')

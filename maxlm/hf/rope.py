@@ -1,0 +1,137 @@
+"""Rotary positions in config.json <-> RopeSpec.
+
+transformers 5 writes one object `rope_parameters` (or one a kind of layer); published configs have `rope_theta` and
+`rope_scaling`, some `partial_rotary_factor`. Both are read (where both stand they must agree) and both are written.
+"""
+
+import math
+from typing import Any
+
+from maxlm.hf.keys import Keys
+from maxlm.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
+
+
+def read_rope(keys: Keys, *, theta: float = 10_000.0, fraction: float = 1.0, interleaved: bool = False,
+              besides: tuple[str, ...] = ()) -> RopeSpec:
+  """The one RopeSpec of a config; theta and fraction where it does not say. besides: keys of `rope_parameters` that the
+  family reads itself."""
+  theta, fraction = keys.float('rope_theta', theta), keys.float('partial_rotary_factor', fraction)
+  found = []
+  for key in ('rope_parameters', 'rope_scaling'):
+    if keys.dict(key, None):
+      inner = keys.inner(key)
+      inner.inert(*besides)
+      found.append(_read(keys, inner, theta, fraction, interleaved))
+  if len(found) == 2 and found[0] != found[1]:
+    raise ValueError(f'{keys.where}: rope_parameters and rope_scaling contradict each other')
+  return found[0] if found else RopeSpec(theta=theta, fraction=fraction, interleaved=interleaved)
+
+
+def read_ropes(keys: Keys, kinds: tuple[str, ...], *, theta: float = 10_000.0, fraction: float = 1.0,
+               interleaved: bool = False) -> dict[str, RopeSpec | None] | None:
+  """{'full_attention': RopeSpec, …} of a `rope_parameters` with an object (or null) for each kind; None if it is not of
+  that form, and then nothing is taken."""
+  nested = keys.plain.get('rope_parameters')
+  if not isinstance(nested, dict) or not set(nested) & set(kinds):
+    return None
+  theta, fraction = keys.float('rope_theta', theta), keys.float('partial_rotary_factor', fraction)
+  inner = keys.inner('rope_parameters')
+  ropes = {kind: _read(keys, inner.inner(kind), theta, fraction, interleaved) if inner.dict(kind, None) else None
+           for kind in kinds}
+  inner.done()
+  return ropes
+
+
+def write_rope(rope: RopeSpec) -> dict[str, Any]:
+  """The keys of config.json that `read_rope` understands, in both spellings."""
+  parameters = rope_parameters(rope)
+  scaling = {key: value for key, value in parameters.items() if key not in ('rope_theta', 'partial_rotary_factor')}
+  keys = {'rope_parameters': parameters, 'rope_theta': rope.theta, 'rope_scaling': scaling if rope.scaling else None}
+  return keys | ({'partial_rotary_factor': rope.fraction} if rope.fraction != 1.0 else {})
+
+
+def rope_parameters(rope: RopeSpec) -> dict[str, Any]:
+  """The object that transformers 5 has for one kind of layer."""
+  common = {'rope_theta': rope.theta} | ({'partial_rotary_factor': rope.fraction} if rope.fraction != 1.0 else {})
+  match rope.scaling:
+    case None:
+      return {'rope_type': 'default', **common}
+    case LinearScaling(factor=factor):
+      return {'rope_type': 'linear', 'factor': factor, **common}
+    case Llama3Scaling() as s:
+      return {'rope_type': 'llama3', 'factor': s.factor, 'low_freq_factor': s.low_turns, 'high_freq_factor': s.high_turns,
+              'original_max_position_embeddings': s.original_length, **common}
+    case LongRopeScaling() as s:
+      divisors = list(s.divisors)
+      return {'rope_type': 'longrope', 'short_factor': divisors, 'long_factor': divisors, 'attention_factor': s.amplitude,
+              **common}
+    case YarnScaling() as s:
+      amplitude = {} if s.amplitude is None else {'attention_factor': s.amplitude}
+      return {'rope_type': 'yarn', 'factor': s.factor, 'beta_fast': s.fast_turns, 'beta_slow': s.slow_turns,
+              'original_max_position_embeddings': s.original_length, 'truncate': s.truncate, **amplitude, **common}
+
+
+def yarn_amplitude(factor: float, mscale: float = 1.0) -> float:
+  """How much YaRN stretches queries and keys together for a context `factor` times as long (its eq. 22)."""
+  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _read(keys: Keys, inner: Keys, theta: float, fraction: float, interleaved: bool) -> RopeSpec:
+  kind = inner.str('rope_type', None) or inner.str('type', 'default')
+  inner.fixed('type', kind)  # some have both
+  spec = RopeSpec(theta=inner.float('rope_theta', theta), fraction=inner.float('partial_rotary_factor', fraction),
+                  interleaved=interleaved)
+  if 'rope_theta' in keys.plain and spec.theta != theta:
+    raise ValueError(f'{inner.where}: rope_theta={spec.theta} contradicts {theta} beside it')
+  match kind:
+    case 'default':
+      inner.inert('original_max_position_embeddings', 'factor')  # of no use without scaling, and some have them
+    case 'linear':
+      spec.scaling = LinearScaling(factor=inner.float('factor'))
+    case 'llama3':
+      spec.scaling = Llama3Scaling(factor=inner.float('factor'), low_turns=inner.float('low_freq_factor'),
+                                   high_turns=inner.float('high_freq_factor'), original_length=_original(keys, inner))
+    case 'yarn':
+      spec.scaling = _read_yarn(keys, inner)
+    case 'longrope' | 'su':
+      spec.scaling = _read_longrope(keys, inner)
+    case _:
+      raise ValueError(f'{inner.where}: rope_type={kind!r} is not supported; default, linear, llama3, yarn, longrope are')
+  inner.done()
+  return spec
+
+
+def _original(keys: Keys, inner: Keys) -> int:
+  """The length before stretching: beside the others (Phi-3), with them, or the longest."""
+  within = inner.size('original_max_position_embeddings', None)
+  return keys.size('original_max_position_embeddings', within) or keys.size('max_position_embeddings')
+
+
+def _factor(keys: Keys, inner: Keys, original: int) -> float:
+  return inner.float('factor', None) or keys.size('max_position_embeddings') / original
+
+
+def _read_yarn(keys: Keys, inner: Keys) -> YarnScaling:
+  original = _original(keys, inner)
+  factor = _factor(keys, inner, original)
+  amplitude = inner.float('attention_factor', None)
+  mscale, mscale_all = inner.float('mscale', 0.0), inner.float('mscale_all_dim', 0.0)
+  if amplitude is None and mscale and mscale_all:
+    amplitude = yarn_amplitude(factor, mscale) / yarn_amplitude(factor, mscale_all)
+  if amplitude is not None and math.isclose(amplitude, yarn_amplitude(factor), rel_tol=1e-9):
+    amplitude = None
+  return YarnScaling(factor=factor, original_length=original, fast_turns=inner.float('beta_fast', 32.0),
+                     slow_turns=inner.float('beta_slow', 1.0), truncate=inner.bool('truncate', True), amplitude=amplitude)
+
+
+def _read_longrope(keys: Keys, inner: Keys) -> LongRopeScaling:
+  """transformers takes `long_factor` for a batch that is longer than the original length; a RopeSpec has one of the two."""
+  original = _original(keys, inner)
+  factor = _factor(keys, inner, original)
+  short, long = (inner.list(key, (int, float)) for key in ('short_factor', 'long_factor'))
+  if short != long and keys.size('max_position_embeddings') > original:
+    keys.note(f'longrope: the short factors are used, right for up to {original} tokens; transformers switches beyond')
+  amplitude = inner.float('attention_factor', None)
+  if amplitude is None:
+    amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+  return LongRopeScaling(divisors=tuple(map(float, short)), amplitude=amplitude)

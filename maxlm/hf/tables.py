@@ -1,0 +1,79 @@
+"""What the families share: tables of tensors, and looking at a model's layers.
+
+The names of theirs in a table of a layer begin after 'model.layers.3.', ours after 'layers.3.'; a weight that a layer
+does not have makes its entry say nothing (`maxlm.hf.mapping`).
+"""
+
+from collections.abc import Iterable, Iterator
+
+from maxlm.hf.mapping import Copy, Either, Entry, Tensor, within
+from maxlm.models.decoder import DecoderConfig, LayerSpec
+
+ATTENTION = (
+  Tensor('self_attn.q_proj.weight', 'NH D', 'mixer.w_q_DNH'),
+  Tensor('self_attn.k_proj.weight', 'KH D', 'mixer.w_k_DKH'),
+  Tensor('self_attn.v_proj.weight', 'KH D', 'mixer.w_v_DKH'),
+  Tensor('self_attn.o_proj.weight', 'D NH', 'mixer.w_o_NHD'),
+  Tensor('self_attn.q_proj.bias', 'NH', 'mixer.b_q_NH'),
+  Tensor('self_attn.k_proj.bias', 'KH', 'mixer.b_k_KH'),
+  Tensor('self_attn.v_proj.bias', 'KH', 'mixer.b_v_KH'),
+  Tensor('self_attn.o_proj.bias', 'D', 'mixer.b_o_D'),
+  Tensor('self_attn.q_norm.weight', 'D', 'mixer.q_norm.scale_D'),
+  Tensor('self_attn.k_norm.weight', 'D', 'mixer.k_norm.scale_D'),
+)
+
+MLP = (
+  Tensor('mlp.gate_proj.weight', 'F D', 'mlp.w_gate_DF'),
+  Tensor('mlp.up_proj.weight', 'F D', 'mlp.w_up_DF'),
+  Tensor('mlp.down_proj.weight', 'D F', 'mlp.w_down_FD'),
+  Tensor('mlp.gate_proj.bias', 'F', 'mlp.b_gate_F'),
+  Tensor('mlp.up_proj.bias', 'F', 'mlp.b_up_F'),
+  Tensor('mlp.down_proj.bias', 'D', 'mlp.b_down_D'),
+)
+
+# Of a mixture: as published, one tensor an expert, and as transformers 5 has them in memory.
+EXPERTS = (
+  Either((Tensor('mlp.experts.{E}.gate_proj.weight', 'F D', 'mlp.w_gate_EDF'),
+          Tensor('mlp.experts.{E}.up_proj.weight', 'F D', 'mlp.w_up_EDF'),
+          Tensor('mlp.experts.{E}.down_proj.weight', 'D F', 'mlp.w_down_EFD')),
+         (Tensor('mlp.experts.gate_up_proj', 'E (F|F) D', 'mlp.w_gate_EDF | mlp.w_up_EDF'),
+          Tensor('mlp.experts.down_proj', 'E D F', 'mlp.w_down_EFD'))),
+)
+
+PRE_NORMS = (
+  Tensor('input_layernorm.weight', 'D', 'mixer_pre_norm.scale_D'),
+  Tensor('post_attention_layernorm.weight', 'D', 'mlp_pre_norm.scale_D'),
+)
+
+
+def embeddings(model: DecoderConfig) -> Iterator[Entry]:
+  """Embeddings, last norm and head; a head beside tied embeddings must be equal to them."""
+  yield Tensor('model.embed_tokens.weight', 'V D', 'embed_VD')
+  yield Tensor('model.norm.weight', 'D', 'final_norm.scale_D')
+  if model.tied_embeddings:
+    yield Copy('lm_head.weight', of='model.embed_tokens.weight')
+  else:
+    yield Tensor('lm_head.weight', 'V D', 'unembed_DV')
+
+
+def layers(model: DecoderConfig, *tables: Iterable[Entry], theirs: str = 'model.layers.') -> Iterator[Entry]:
+  """The tables for each layer."""
+  for i in range(model.n_layers):
+    for table in tables:
+      yield from within(f'{theirs}{i}.', f'layers.{i}.', table)
+
+
+def specs(model: DecoderConfig, part: str, kind: type) -> list:
+  """The mixer or mlp of every layer. ValueError unless all are of the one kind that the family has."""
+  found = [getattr(layer, part) for layer in model.layers]
+  for i, spec in enumerate(found):
+    if type(spec) is not kind:
+      raise ValueError(f'{part} of layer {i} is {type(spec).__name__}, not {kind.__name__}')
+  return found
+
+
+def pattern(layers: list[LayerSpec]) -> tuple[LayerSpec, ...]:
+  """The shortest pattern that gives these layers."""
+  n = len(layers)
+  period = next(p for p in range(1, n + 1) if all(layers[i] == layers[i % p] for i in range(p, n)))
+  return tuple(layers[:period])

@@ -1,0 +1,141 @@
+"""Every family of maxlm/hf against transformers: tiny models with perturbed weights (tests/golden/make_hf_goldens.py).
+
+A fixture is tested as soon as a family has its model_type.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm import decode, typed_json
+from maxlm.checkpoint import Checkpoints
+from maxlm.hf import convert, families
+from maxlm.hf.tensors import open_directory
+from maxlm.layers.rows import Past
+from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig, empty_caches
+from maxlm.sharding import spec
+
+GOLDEN = Path(__file__).parent / 'golden' / 'hf'
+KNOWN = [model_type for family in families.families().values() for model_type in family.MODEL_TYPES]
+FOLDERS = sorted(path.parent for path in GOLDEN.glob('*/config.json')
+                 if json.loads(path.read_text())['model_type'] in KNOWN)
+FP32 = ComputeConfig(dtype='float32', kernel='reference')
+TOLERANCE = 2e-4  # of the largest logit: fp32 on both sides, sums in another order
+
+each_folder = pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory, mesh_of):
+  """A function from a fixture's folder to (workdir, model, fp32 parameters on one device); each is imported once."""
+
+  @functools.cache
+  def load(folder: Path):
+    workdir = tmp_path_factory.mktemp(folder.name) / 'run'
+    with mesh_of(1):
+      convert.import_directory(folder, workdir)
+      checkpoints = Checkpoints(workdir / 'checkpoints')
+      model = typed_json.decode(checkpoints.meta(0)['model'], DecoderConfig)
+      return workdir, model, checkpoints.restore_params(0, jax.eval_shape(lambda: Decoder(model, jax.random.key(0))))
+
+  return load
+
+
+def rows_of(tokens_BT: np.ndarray) -> list[jax.Array]:
+  """Tokens, segment ids and positions of rows that are one document each."""
+  positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+  return [jax.device_put(a, spec('BT')) for a in (tokens_BT, np.ones_like(tokens_BT), positions_BT)]
+
+
+def logits_of(model: DecoderConfig, params: Decoder, tokens_BT: np.ndarray) -> np.ndarray:
+  def run(params, *rows):
+    return params.logits(model, params.hidden(model, FP32, *rows))
+
+  return np.asarray(jax.jit(run)(params, *rows_of(tokens_BT)))
+
+
+def assert_same_tensors(folder: Path, original: Path) -> None:
+  """Names, dtypes and bits; not how they are spread over files."""
+  mine, theirs = open_directory(folder), open_directory(original)
+  left_out = [name for name in theirs if name not in mine and not name.endswith(('.attn.bias', 'inv_freq'))]
+  assert sorted(mine) == sorted(set(theirs) - set(left_out)) and not left_out
+  for name, tensor in mine.items():
+    assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape), name
+    assert tensor.array().tobytes() == theirs[name].array().tobytes(), name
+
+
+@each_folder
+def test_logits_are_those_of_transformers(imported, mesh_of, folder):
+  golden, (_, model, params) = np.load(folder / 'golden.npz'), imported(folder)
+  with mesh_of(1):
+    error = np.abs(logits_of(model, params, golden['tokens']) - golden['logits']).max() / np.abs(golden['logits']).max()
+  print(f'{folder.name}: {error:.1e}')
+  assert error <= TOLERANCE
+
+
+@each_folder
+def test_greedy_generation_is_that_of_transformers(imported, mesh_of, folder):
+  golden, (_, model, params) = np.load(folder / 'golden.npz'), imported(folder)
+  with mesh_of(1):
+    out = decode.generate(params, model, FP32, golden['prompts'].tolist(), eos=(), temperature=0.0,
+                          max_tokens=golden['continuations'].shape[1])
+  assert out == golden['continuations'].tolist()
+
+
+@each_folder
+def test_decoding_with_the_cache_equals_the_full_forward(imported, mesh_of, folder):
+  golden, (_, model, params) = np.load(folder / 'golden.npz'), imported(folder)
+  tokens_BT = golden['tokens']
+  B, T = tokens_BT.shape
+
+  def run(params, tokens_BT, ones_BT, positions_BT):
+    caches, pieces = empty_caches(model, FP32, B, T), []
+    for start, stop in ((0, T - 3), (T - 3, T - 2), (T - 2, T - 1), (T - 1, T)):
+      part = slice(start, stop)
+      x_BTD, caches = params.extend(model, FP32, tokens_BT[:, part], ones_BT[:, part], positions_BT[:, part], caches,
+                                    Past(ones_BT, start))
+      pieces.append(params.logits(model, x_BTD))
+    return jax.numpy.concatenate(pieces, axis=1)
+
+  with mesh_of(1):
+    got = np.asarray(jax.jit(run)(params, *rows_of(tokens_BT)))
+    full = logits_of(model, params, tokens_BT)
+  np.testing.assert_allclose(got, full, atol=TOLERANCE * np.abs(full).max())
+
+
+@each_folder
+def test_export_gives_back_every_bit_and_the_config(imported, mesh_of, folder, tmp_path):
+  workdir, _, _ = imported(folder)
+  with mesh_of(1):
+    convert.export_directory(str(workdir), tmp_path / 'out')
+  assert_same_tensors(tmp_path / 'out', folder)
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text()) == json.loads((folder / 'config.json').read_text())
+  assert (tmp_path / 'out' / 'generation_config.json').read_text() == (folder / 'generation_config.json').read_text()
+
+
+@each_folder
+def test_a_config_that_is_written_anew_describes_the_same_model(imported, mesh_of, folder, tmp_path):
+  """As for a model that was trained here: nothing is taken from the file that it came with."""
+  workdir, model, _ = imported(folder)
+  family, _, _ = families.read_config(json.loads((folder / 'config.json').read_text()))
+  with mesh_of(1):
+    convert.export_directory(str(workdir), tmp_path / 'out', family=family.__name__.rpartition('.')[2])
+  assert_same_tensors(tmp_path / 'out', folder)
+  _, again, _ = families.read_config(json.loads((tmp_path / 'out' / 'config.json').read_text()))
+  assert families.differences(model, again) == []
+
+
+@pytest.mark.parametrize('folder', [folder for folder in FOLDERS if (folder / 'config.hub.json').exists()],
+                         ids=lambda folder: folder.name)
+def test_the_published_spelling_of_a_config_is_the_same_model(folder):
+  models = [families.read_config(json.loads((folder / name).read_text()))[1] for name in ('config.json', 'config.hub.json')]
+  assert families.differences(*models) == []
+
+
+def test_every_family_has_a_fixture():
+  tested = {json.loads((folder / 'config.json').read_text())['model_type'] for folder in FOLDERS}
+  assert [name for name, family in families.families().items() if not tested & set(family.MODEL_TYPES)] == []
