@@ -16,6 +16,7 @@ from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
 from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.mlp import MlpSpec
+from maxlm.lora import LoraConfig
 from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions
 from maxlm.ops.attention import check_attention
@@ -43,6 +44,9 @@ class Experiment:
   tokens: int
   microbatches: int = 1
   seed: int = 0
+  init_from: str = ''
+  init_optimizer: bool = False
+  lora: LoraConfig | None = None
 
   @property
   def tokens_per_step(self) -> int:
@@ -59,8 +63,8 @@ class Experiment:
 
   def step_config(self, platform: str, n_sources: int) -> StepConfig:
     """What `step.train_step` needs, with the platform's choices made."""
-    return StepConfig(model=self.model, compute=self.compute.resolve(platform), optim=self.optim, loss=self.loss,
-                      tokens_per_step=self.tokens_per_step, total_tokens=self.n_steps * self.tokens_per_step,
+    return StepConfig(model=self.model, lora=self.lora, compute=self.compute.resolve(platform), optim=self.optim,
+                      loss=self.loss, tokens_per_step=self.tokens_per_step, total_tokens=self.n_steps * self.tokens_per_step,
                       microbatches=self.microbatches, n_sources=n_sources)
 
 

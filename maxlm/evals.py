@@ -24,8 +24,8 @@ class EvalConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Score:
-  """Sums over held-out rows of one source. loss is nats a token; a byte is one of the UTF-8 text; a hit is a token that was
-  the likeliest one (None: not counted)."""
+  """Sums over the targets that count in held-out rows of one source. loss is nats a token; a byte is one of the UTF-8 text;
+  a hit is a token that was the likeliest one (None: not counted)."""
 
   nats: float
   tokens: int
@@ -56,7 +56,7 @@ def evaluate(score, params: Decoder, corpus: loader.Corpus, rows: int, batch_siz
   for source in corpus.sources:
     sums = []
     for batch in loader.validation_batches(corpus, source, batch_size, rows, host):
-      target_bytes = corpus.token_bytes[batch['targets']] * (batch['segment_ids'] > 0)
+      target_bytes = corpus.token_bytes[batch['targets']] * batch['loss_mask']
       sums.append(score(params, to_device({**batch, 'target_bytes': target_bytes.astype(np.int32)})))
     if sums:
       added = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
@@ -83,13 +83,13 @@ def baselines(corpus: loader.Corpus, rows: int, train_rows: int = 2048) -> dict[
   for source in corpus.sources:
     batch = loader.batch_at(corpus, MixtureSchedule(stages=((None, {source: 1}),)), seed=0, step=0,
                             batch_size=min(train_rows, corpus.rows(source, 'train')))
-    counts_V += np.bincount(batch['targets'][batch['segment_ids'] > 0], minlength=corpus.vocab_size)
+    counts_V += np.bincount(batch['targets'][batch['loss_mask'] > 0], minlength=corpus.vocab_size)
   bits_V = -np.log2(counts_V / counts_V.sum())
   tokenizer = tokenizers.Tokenizer.from_file(str(corpus.tokenizer_path))
   sums = {}
   for source in corpus.sources:
     batches = loader.validation_batches(corpus, source, 64, rows)
-    targets = [batch['targets'][batch['segment_ids'] > 0] for batch in batches]
+    targets = [batch['targets'][batch['loss_mask'] > 0] for batch in batches]
     if targets:
       ids = np.concatenate(targets)
       text = tokenizer.decode(ids.tolist()).encode()

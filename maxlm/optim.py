@@ -14,7 +14,9 @@ class OptimConfig:
 
   peak_lr: highest learning rate. schedule: after a linear warm-up over warmup_tokens, 'wsd' stays at the peak and falls
   linearly over the last decay_tokens, 'cosine' and 'linear' fall all the way; each ends at final_lr_frac * peak_lr.
-  weight_decay: on matrices only, not on embeddings, norms, biases or sinks. clip_norm: of the global gradient.
+  weight_decay: on matrices only, not on embeddings, norms, biases, sinks or adapters. clip_norm: of the global gradient.
+  freeze: patterns of names of weights that are not trained, such as 'embed_VD' or 'stacks.*.mixer.*'. freeze_layers: nor is
+  anything of the first layers.
   """
 
   peak_lr: float
@@ -27,6 +29,8 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  freeze: tuple[str, ...] = ()
+  freeze_layers: int = 0
 
   def check(self, total_tokens: int) -> None:
     """ValueError if the schedule does not fit in a run of that many tokens."""
@@ -56,10 +60,6 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
                      optax.add_decayed_weights(config.weight_decay, mask=decayed))
 
 
-def decayed(params):
-  """True for the matrices `w_*` and the head; False for embeddings, norm scales, biases and sinks."""
-  def is_matrix(path, _):
-    name = next(key.name if hasattr(key, 'name') else key.key for key in reversed(path)
-                if str(getattr(key, 'name', getattr(key, 'key', 'value'))) != 'value')
-    return str(name).startswith(('w_', 'unembed'))
-  return jax.tree_util.tree_map_with_path(is_matrix, params)
+def decayed(weights: dict[str, jax.Array]) -> dict[str, bool]:
+  """True for the matrices `w_*` and the head; False for embeddings, norm scales, biases and sinks. By dotted names."""
+  return {name: name.rpartition('.')[2].startswith(('w_', 'unembed')) for name in weights}

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from data_pipeline.pack import FIELDS
+
 
 def pack(documents: list[list[np.ndarray]], seq_len: int, source: list[int] | None = None) -> dict[str, np.ndarray]:
   """One row for each list of documents (arrays of n+1 tokens: n inputs, each with its next token as target)."""
-  batch = {name: np.zeros((len(documents), seq_len), np.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
+  batch = {name: np.zeros((len(documents), seq_len), np.int32) for name in FIELDS}
   for row, parts in enumerate(documents):
     start = 0
     for number, tokens in enumerate(parts, 1):
@@ -14,6 +16,7 @@ def pack(documents: list[list[np.ndarray]], seq_len: int, source: list[int] | No
       batch['tokens'][row, start:stop] = tokens[:-1]
       batch['targets'][row, start:stop] = tokens[1:]
       batch['segment_ids'][row, start:stop] = number
+      batch['loss_mask'][row, start:stop] = 1
       batch['positions'][row, start:stop] = np.arange(stop - start)
       start = stop
   batch['source'] = np.array(source or [0] * len(documents), np.int32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from data_pipeline.pack import FIELDS
 from maxlm import typed_json
 from maxlm.config import Experiment, validate
 from maxlm.flags import load_config
@@ -41,7 +42,7 @@ def traced_step(config: Experiment):
   """(state, state after a step, metrics) as shapes with shardings, traced for the config's pod; and the step's jaxpr."""
   mesh, key = abstract_mesh(config.mesh, config.pod_devices), jax.random.key(0)
   rows, length = config.data.batch_size, config.data.seq_len
-  shapes = {name: (rows, length) for name in ('tokens', 'targets', 'segment_ids', 'positions')} | {'source': (rows,)}
+  shapes = {name: (rows, length) for name in FIELDS} | {'source': (rows,)}
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec('BT'[:len(shape)])))
            for name, shape in shapes.items()}
   with jax.sharding.use_abstract_mesh(mesh):

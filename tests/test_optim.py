@@ -75,10 +75,10 @@ def test_weights_decay_but_not_embeddings_norms_biases_or_sinks(mesh_of, tied):
   model = dataclasses.replace(tiny.get_config().model, tied_embeddings=tied)
   with mesh_of(1):
     params = jax.eval_shape(lambda: Decoder(model, jax.random.key(0)))
-  mask = named_leaves(decayed(params))
+  mask = decayed(named_leaves(params))
   assert len(mask) == len(jax.tree.leaves(params))
   sliding, plain, post = (f'stacks.{i}.' for i in range(3))
-  projections = ('attention.w_q_DNH', 'attention.w_k_DKH', 'attention.w_v_DKH', 'attention.w_o_NHD', 'mlp.w_up_DF',
+  projections = ('mixer.w_q_DNH', 'mixer.w_k_DKH', 'mixer.w_v_DKH', 'mixer.w_o_NHD', 'mlp.w_up_DF',
                  'mlp.w_down_FD')
   assert {name for name, decays in mask.items() if decays} == {
     *(stack + name for stack in (sliding, plain, post) for name in projections),
@@ -86,8 +86,8 @@ def test_weights_decay_but_not_embeddings_norms_biases_or_sinks(mesh_of, tied):
   assert {name for name, decays in mask.items() if not decays} == {
     'embed_VD', 'final_norm.scale_D',
     *(sliding + name for name in (
-      'attention.b_q_NH', 'attention.b_k_KH', 'attention.b_v_KH', 'attention.b_o_D', 'attention.q_norm.scale_D',
-      'attention.k_norm.scale_D', 'attention.sinks_N', 'mlp.b_up_F', 'mlp.b_down_D', 'attention_pre_norm.scale_D',
-      'attention_post_norm.scale_D', 'mlp_pre_norm.scale_D', 'mlp_post_norm.scale_D')),
-    plain + 'attention_pre_norm.scale_D', plain + 'mlp_pre_norm.scale_D',
-    post + 'attention_post_norm.scale_D', post + 'mlp_post_norm.scale_D'}
+      'mixer.b_q_NH', 'mixer.b_k_KH', 'mixer.b_v_KH', 'mixer.b_o_D', 'mixer.q_norm.scale_D',
+      'mixer.k_norm.scale_D', 'mixer.sinks_N', 'mlp.b_up_F', 'mlp.b_down_D', 'mixer_pre_norm.scale_D',
+      'mixer_post_norm.scale_D', 'mlp_pre_norm.scale_D', 'mlp_post_norm.scale_D')),
+    plain + 'mixer_pre_norm.scale_D', plain + 'mlp_pre_norm.scale_D',
+    post + 'mixer_post_norm.scale_D', post + 'mlp_post_norm.scale_D'}

@@ -27,6 +27,8 @@ LAYERS = (
   ('layers',),
   ('models',),
   ('losses', 'optim', 'data', 'checkpoint', 'metrics', 'flops', 'decode'),
+  ('trained',),
+  ('lora',),
   ('step',),
   ('evals',),
   ('config', 'stages'),

@@ -37,7 +37,7 @@ def setup():
     tokens = rng.integers(worker.VOCAB, size=(worker.BATCH, worker.SEQ_LEN + 1), dtype=np.int32)
     batch = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'segment_ids': np.ones(shape, np.int32),
              'positions': np.broadcast_to(np.arange(worker.SEQ_LEN, dtype=np.int32), shape),
-             'source': np.zeros(worker.BATCH, np.int32)}
+             'loss_mask': np.ones(shape, np.int32), 'source': np.zeros(worker.BATCH, np.int32)}
     state, metrics = run(state, {name: jax.device_put(a, spec('BT'[:a.ndim])) for name, a in batch.items()})
     jax.block_until_ready(state)
     return float(metrics['loss'])
