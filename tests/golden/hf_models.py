@@ -5,6 +5,11 @@ than a period and with a remainder; norms have a large eps, so that one at the w
 """
 
 import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+import torch
 
 GONE = object()  # a field that is not in the published config.json
 
@@ -14,7 +19,8 @@ class Golden:
   """config: model_type and fields of its configuration class. off: changes of config, each of which must change the logits.
   hub: changes that give the published spelling of config.json. draw: part of a weight's name -> (mean, std); the last that
   matches counts. fixed: parts of names of constants that are saved as if they were weights, in fp32. in_out: parts of names
-  of matrices stored (in, out). length: T, tokens of a row. bare: tensors without the prefix of the model inside."""
+  of matrices stored (in, out). length: T, tokens of a row. files: the tensors by name that a published checkpoint holds for
+  those that transformers saves, where it saves others."""
 
   config: dict
   off: tuple[dict, ...] = ()
@@ -26,7 +32,7 @@ class Golden:
   length: int = 32
   cache_differs: bool = False
   max_shard_size: str = '1GB'
-  bare: bool = False
+  files: Callable[[dict], dict] = lambda tensors: tensors
 
 
 def rope(theta: float, kind: str = 'default', **fields) -> dict:
@@ -44,11 +50,57 @@ def shape(d: int, heads: int, kv_heads: int, layers: int, mlp: int, vocab: int =
               eos_token_id=2, **fields)
 
 
+def bare_gpt2(tensors: dict) -> dict:
+  """As the first GPT-2 checkpoints: no prefix, and with the causal masks, which are no weights."""
+  bare = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
+  P = len(bare['wpe.weight'])
+  mask = torch.ones(1, 1, P, P).tril()
+  return bare | {name.replace('c_attn.bias', 'bias'): mask.clone() for name in bare if name.endswith('c_attn.bias')}
+
+
+def split_convolutions(tensors: dict) -> dict:
+  """OLMo-hybrid's kernels of q, k and v, each as wide as those are; transformers saves three equal parts of all of them."""
+  tensors = dict(tensors)
+  for name in [name for name in tensors if name.endswith('q_conv1d.weight')]:
+    names = [name.replace('q_conv1d', f'{part}_conv1d') for part in 'qkv']
+    widths = [len(tensors[name.replace('conv1d', 'proj')]) for name in names]
+    parts = torch.cat([tensors[name] for name in names]).split(widths)
+    tensors |= {name: part.clone() for name, part in zip(names, parts)}
+  return tensors
+
+
+def published_olmo_hybrid(tensors: dict) -> dict:
+  """And the norms' names of now; transformers saves those of the first release, which it reads too."""
+  return {name.replace('.attention_layer_norm.', '.input_layernorm.')
+          .replace('.feedforward_layer_norm.', '.post_attention_layernorm.'): tensor
+          for name, tensor in split_convolutions(tensors).items()}
+
+
+def published_kimi_linear(tensors: dict) -> dict:
+  """Its dense layers are called mlp; transformers saves them as if they were mixtures of experts."""
+  return {re.sub(r'block_sparse_moe(\.(gate|up|down)_proj)', r'mlp\1', name): tensor for name, tensor in tensors.items()}
+
+
+def nemotron_h(pattern: str, **fields) -> dict:
+  kinds = {'M': 'linear_attention', '*': 'full_attention', 'E': 'moe', '-': 'mlp'}
+  return dict(layers_block_type=[kinds[kind] for kind in pattern], hidden_size=24, vocab_size=97, num_attention_heads=3,
+              num_key_value_heads=1, head_dim=10, intermediate_size=28, mamba_num_heads=6, mamba_head_dim=5,
+              ssm_state_size=8, n_groups=3, chunk_size=7, n_routed_experts=6, num_experts_per_tok=2,
+              moe_intermediate_size=10, moe_shared_expert_intermediate_size=14, routed_scaling_factor=1.7,
+              layer_norm_epsilon=0.02, max_position_embeddings=64, **fields)
+
+
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = dict(factor=4.0, beta_fast=2.0, beta_slow=0.1, original_max_position_embeddings=16)
 K2_YARN = dict(factor=4.0, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=16)
 LONGROPE = dict(long_factor=[1.0, 1.3, 2.1, 3.0, 3.7, 4.0], short_factor=[1.0, 1.1, 1.2, 1.5, 1.6, 1.9])
 EPS = {'rms_norm_eps': 1e-6}
+NO_LIMIT = {'time_step_limit': [0.0, math.inf]}  # written as Infinity, which is not JSON but is what there is
+SSM = [0.8, 1.2, 0.7, 1.3, 0.9]
+FALCON_H1 = dict(
+  mamba_d_ssm=36, mamba_n_heads=4, mamba_d_head=9, mamba_d_state=8, mamba_chunk_size=7, rope_parameters=rope(1000.0),
+  embedding_multiplier=2.0, lm_head_multiplier=0.6, key_multiplier=0.7, attention_in_multiplier=1.2, ssm_multipliers=SSM,
+  attention_out_multiplier=0.8, ssm_in_multiplier=1.3, ssm_out_multiplier=0.7, mlp_multipliers=[0.8, 0.7])
 DECAY = {'A_log': (-1.0, 0.5), 'dt_bias': (-1.0, 0.5)}  # states that live for several tokens
 
 MODELS = {
@@ -115,7 +167,7 @@ MODELS = {
   'gpt2_bare': Golden(
     config=dict(model_type='gpt2', n_embd=20, n_head=5, n_layer=1, n_positions=40, vocab_size=67, bos_token_id=2,
                 eos_token_id=2),
-    in_out=('c_attn', 'c_proj', 'c_fc'), draw={'wpe': (0.0, 0.3)}, bare=True),
+    in_out=('c_attn', 'c_proj', 'c_fc'), draw={'wpe': (0.0, 0.3)}, files=bare_gpt2),
   'gpt_oss': Golden(
     config=dict(model_type='gpt_oss', **shape(32, 6, 2, 3, 14), head_dim=16, num_local_experts=5, num_experts_per_tok=2,
                 sliding_window=5, swiglu_limit=1.5, rope_parameters=rope(1000.0, 'yarn', truncate=False, **YARN)),
@@ -247,23 +299,50 @@ MODELS = {
     config=dict(model_type='olmo_hybrid', **shape(30, 3, 1, 5, 32, vocab=67), pad_token_id=0, linear_num_key_heads=3,
                 linear_num_value_heads=3, linear_key_head_dim=6, linear_value_head_dim=10, rope_parameters=rope(1000.0)),
     off=(EPS, {'linear_allow_neg_eigval': False}, {'rope_parameters': {'rope_theta': None}}),
-    draw=DECAY | {'linear_attn.o_proj': (0.0, 0.12)}, length=72),
+    draw=DECAY | {'linear_attn.o_proj': (0.0, 0.12)}, files=published_olmo_hybrid, length=72),
   'olmo_hybrid_nope': Golden(
     config=dict(model_type='olmo_hybrid', **shape(30, 3, 3, 4, 24, vocab=67), pad_token_id=0, linear_num_key_heads=2,
                 linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=8, linear_conv_kernel_dim=3,
                 linear_allow_neg_eigval=False, rope_parameters={'rope_type': 'default', 'rope_theta': None}),
     off=(EPS, {'linear_allow_neg_eigval': True}, {'rope_parameters': {'rope_theta': 1000.0}}),
-    draw=DECAY | {'linear_attn.o_proj': (0.0, 0.12)}, length=72),
+    draw=DECAY | {'linear_attn.o_proj': (0.0, 0.12)}, files=split_convolutions, length=72),
   'kimi_linear': Golden(
     config=dict(model_type='kimi_linear', **shape(24, 3, 3, 5, 28, vocab=67), pad_token_id=0, kv_lora_rank=10,
-                qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, linear_head_dim=8, linear_num_heads=3, n_group=3, topk_group=2,
+                qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, linear_head_dim=8, linear_num_heads=3, n_group=3,
+                topk_group=2,
                 layer_types=['linear_attention', 'linear_attention', 'full_attention', 'linear_attention', 'full_attention'],
                 num_local_experts=6, num_experts_per_tok=2, moe_intermediate_size=8),
     off=(EPS, {'topk_group': 3}, {'norm_topk_prob': False}, {'routed_scaling_factor': 1.0}),
-    draw=DECAY | {'e_score_correction_bias': (0.0, 0.3)}, length=72,
+    draw=DECAY | {'e_score_correction_bias': (0.0, 0.3)}, files=published_kimi_linear, length=72,
     hub={'layer_types': GONE, 'mlp_layer_types': GONE, 'first_k_dense_replace': 1, 'moe_layer_freq': 1, 'mla_use_nope': True,
          'linear_head_dim': GONE, 'linear_num_heads': GONE, 'linear_conv_kernel_dim': GONE, 'head_dim': GONE,
          'moe_router_activation_func': 'sigmoid', 'use_grouped_topk': True, 'rope_theta': 10000.0, 'rope_scaling': None,
          'linear_attn_config': {'full_attn_layers': [3, 5], 'kda_layers': [1, 2, 4], 'head_dim': 8, 'num_heads': 3,
                                 'short_conv_kernel_size': 4}}),
+  'nemotron_h': Golden(  # time steps from time_step_min on, which transformers forgets where it decodes with its cache
+    config=dict(model_type='nemotron_h', **nemotron_h('MEM*-ME*', time_step_min=0.2, n_group=3, topk_group=2)),
+    off=({'layer_norm_epsilon': 1e-6}, {'time_step_min': 0.001}, {'topk_group': 3}, {'norm_topk_prob': False},
+         {'routed_scaling_factor': 1.0}),
+    draw=DECAY | {'e_score_correction_bias': (0.0, 0.3)}, cache_differs=True,
+    hub={'layers_block_type': GONE, 'hybrid_override_pattern': 'MEM*-ME*', 'num_hidden_layers': 8, **NO_LIMIT}),
+  'nemotron_h_latent': Golden(
+    config=dict(model_type='nemotron_h', **nemotron_h('M-*EME', moe_latent_size=14)),
+    off=({'layer_norm_epsilon': 1e-6}, {'norm_topk_prob': False}, {'routed_scaling_factor': 1.0}),
+    draw=DECAY | {'e_score_correction_bias': (0.0, 0.3)},
+    hub={'layers_block_type': GONE, 'hybrid_override_pattern': 'M-*EME', 'num_hidden_layers': 6, **NO_LIMIT}),
+  'mamba2': Golden(
+    config=dict(model_type='mamba2', hidden_size=30, num_heads=6, head_dim=10, state_size=8, n_groups=2, expand=2,
+                chunk_size=6, num_hidden_layers=3, vocab_size=97, layer_norm_epsilon=0.02, bos_token_id=0, eos_token_id=2,
+                pad_token_id=1),
+    off=({'layer_norm_epsilon': 1e-6}, {'time_step_limit': [0.3, 0.5]}), draw=DECAY, hub=NO_LIMIT),
+  'falcon_h1': Golden(
+    config=dict(model_type='falcon_h1', **shape(30, 3, 1, 3, 28), **FALCON_H1, head_dim=8, mamba_n_groups=1),
+    off=(EPS, *({name: 1.0} for name in FALCON_H1 if name.endswith('multiplier')), {'mlp_multipliers': [1.0, 0.7]},
+         {'mlp_multipliers': [0.8, 1.0]}, *({'ssm_multipliers': [*SSM[:i], 1.0, *SSM[i + 1:]]} for i in range(5))),
+    draw=DECAY, hub={'time_step_limit': GONE, **old_rope(1000.0)}),
+  'falcon_h1_norm': Golden(
+    config=dict(model_type='falcon_h1', **shape(30, 3, 1, 2, 28), **FALCON_H1, head_dim=8, mamba_n_groups=2,
+                mamba_rms_norm=True, mamba_norm_before_gate=False, tie_word_embeddings=True),
+    off=(EPS, {'mamba_norm_before_gate': True}),
+    draw=DECAY, hub={'time_step_limit': GONE, **old_rope(1000.0)}),
 }
