@@ -25,15 +25,15 @@ def generate(params: Decoder, model: DecoderConfig, compute: ComputeConfig, prom
   (Holtzman et al. 2020, arXiv 1904.09751). The same seed, prompts and devices give the same text.
   """
   if not prompts or not all(prompts):
-    raise ValueError('generate: every prompt needs at least one token; begin a document with the token that begins documents')
+    raise ValueError('generate: every prompt needs at least one token, such as the one that begins a document')
   if temperature < 0 or not 0 < top_p <= 1:
     raise ValueError(f'generate: temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]')
   if max_tokens < 1:
     raise ValueError(f'generate: max_tokens={max_tokens} must be at least 1')
   longest = max(len(prompt) for prompt in prompts)
   if model.max_positions is not None and longest + max_tokens > model.max_positions:
-    raise ValueError(f'generate: {longest} tokens and {max_tokens} new ones are more than the {model.max_positions} positions '
-                     'of the model')
+    raise ValueError(f'generate: {longest} tokens and {max_tokens} new ones are more than the model has positions '
+                     f'({model.max_positions})')
   padded = prompts + [[0]] * (-len(prompts) % axis_size('B'))
   tokens_BT = np.zeros((len(padded), longest), np.int32)
   segment_ids_BT = np.zeros_like(tokens_BT)

@@ -15,7 +15,7 @@ from maxlm.hf.convert import DTYPE_CHOICES, export_directory, import_directory
 from maxlm.sharding import MeshConfig, make_mesh
 
 DTYPE = flags.DEFINE_enum('dtype', 'keep', DTYPE_CHOICES, 'of the weights that are written; keep: as they are stored')
-FAMILY = flags.DEFINE_string('family', '', 'export: the family to write (default: where it comes from, or what can express it)')
+FAMILY = flags.DEFINE_string('family', '', 'export: the family to write (default: its own, or any that can express it)')
 MAX_SHARD = flags.DEFINE_float('max_shard_gb', 5.0, 'export: a larger model is written in files of at most this size')
 
 

@@ -6,6 +6,7 @@ model. Every tensor is used once and every parameter is filled once, or the name
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ from data_pipeline.tokenizer import END_OF_TEXT
 from maxlm import typed_json
 from maxlm.checkpoint import Checkpoints, find, lineage, named_leaves
 from maxlm.hf.families import choose_family, families, family_of, read_config, write_config
-from maxlm.hf.mapping import Constant, Copy, Layout, LeftOut, Tensor, choose
+from maxlm.hf.mapping import Constant, Copy, Entry, Given, Layout, LeftOut, Tensor, choose
 from maxlm.hf.tensors import Stored, ToWrite, open_directory, write_directory
 from maxlm.models.decoder import Decoder, DecoderConfig, stack_of_layer
 
@@ -83,10 +84,13 @@ def parameters_of(model: DecoderConfig) -> tuple[dict[str, jax.ShapeDtypeStruct]
   return like, slots
 
 
-def bind(entries: list, slots: dict[str, Slot]) -> list[Bound]:
+def bind(entries: list[Entry], slots: dict[str, Slot]) -> tuple[list[Bound], list[tuple[Given, Slot]]]:
   """The entries for weights that the model has. ValueError unless each weight is in exactly one."""
-  bound, uses = [], defaultdict(list)
+  bound, given, uses = [], [], defaultdict(list)
   for entry in entries:
+    if isinstance(entry, Given) and entry.ours in slots:
+      given.append((entry, slots[entry.ours]))
+      uses[entry.ours].append('a given value')
     if not isinstance(entry, Tensor) or not any(part in slots for part in entry.parts):
       continue
     if absent := [part for part in entry.parts if part not in slots]:
@@ -99,7 +103,7 @@ def bind(entries: list, slots: dict[str, Slot]) -> list[Bound]:
     raise ValueError(f'the family has no tensor for {_listed(unfilled)}')
   if twice := [f'{name} ({" and ".join(where)})' for name, where in uses.items() if len(where) > 1]:
     raise ValueError(f'the family has several tensors for {_listed(twice)}')
-  return bound
+  return bound, given
 
 
 def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
@@ -118,9 +122,9 @@ def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
   model = with_vocabulary_of(stored, family, model, notes)
   entries = choose(family.tensors(model), stored)
   like, slots = parameters_of(model)
-  bound = bind(entries, slots)
+  bound, given = bind(entries, slots)
   check(source, stored, entries, bound, notes)
-  params = load_parameters(stored, bound, like, dtype)
+  params = load_parameters(stored, bound, given, like, dtype)
   target.mkdir(parents=True, exist_ok=True)
   for name in COMPANIONS:
     if (source / name).is_file():
@@ -161,7 +165,7 @@ def with_vocabulary_of(stored: dict[str, Stored], family, model: DecoderConfig, 
   return model
 
 
-def check(source: Path, stored: dict[str, Stored], entries: list, bound: list[Bound], notes: list[str]) -> None:
+def check(source: Path, stored: dict[str, Stored], entries: list[Entry], bound: list[Bound], notes: list[str]) -> None:
   """ValueError, naming them, for tensors that are missing, not used, of another shape or dtype, or not what they must be."""
   shapes = {name: b.layout.shape for b in bound for name in b.layout.names}
   constants = {entry.name: entry for entry in entries if isinstance(entry, Constant)}
@@ -191,48 +195,53 @@ def _equal(one: Stored, other: Stored) -> bool:
   return one.shape == other.shape and bool((one.array() == other.array()).all())
 
 
-def load_parameters(stored: dict[str, Stored], bound: list[Bound], like: dict[str, jax.ShapeDtypeStruct],
-                    dtype: str) -> dict[str, jax.Array]:
+def load_parameters(stored: dict[str, Stored], bound: list[Bound], given: list[tuple[Given, Slot]],
+                    like: dict[str, jax.ShapeDtypeStruct], dtype: str) -> dict[str, jax.Array]:
   """The parameters on the current mesh, one after the other, of each device its part."""
-  sources = defaultdict(list)  # parameter -> (row, layout, part)
+  sources = defaultdict(list)  # parameter -> (row, function that fills an array with a part of the row)
+  files, as_stored = defaultdict(set), set()  # dtypes of the tensors of a parameter; parameters that are not cast
   for b in bound:
     for part, slot in enumerate(b.slots):
-      sources[slot.parameter].append((slot.row, b.layout, part))
+      sources[slot.parameter].append((slot.row, functools.partial(fill, stored, b.layout, part)))
+      files[slot.parameter] |= {stored[name].dtype.name for name in b.layout.names}
+      as_stored |= {slot.parameter} if b.layout.fp32 else set()
+  for entry, slot in given:
+    sources[slot.parameter].append((slot.row, lambda to, index, values=entry.values: np.copyto(to, values[index])))
+    as_stored.add(slot.parameter)
   params = {}
   for name, leaf in like.items():
-    files = {stored[theirs].dtype.name for _, layout, _ in sources[name] for theirs in layout.names}
-    kept = files.pop() if len(files) == 1 else 'float32'
-    wanted = jnp.dtype(dtype if dtype != 'keep' else 'float32' if kept == 'float64' else kept)
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
-    devices_of = defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-      devices_of[tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape))].append(device)
-    arrays = []
-    for index, devices in devices_of.items():
-      host = read_part(stored, sources[name], index, wanted)
-      arrays += [jax.device_put(host, device) for device in devices]
-    params[name] = jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+    kept = next(iter(files[name])) if len(files[name]) == 1 else 'float32'
+    kept = 'float32' if kept == 'float64' else kept
+    params[name] = on_devices(leaf, jnp.dtype(kept if dtype == 'keep' or name in as_stored else dtype), sources[name])
   return params
 
 
-def read_part(stored: dict[str, Stored], sources: list, index: tuple[slice, ...], dtype) -> np.ndarray:
-  """What the slices `index` of a parameter are, from the tensors that hold it. sources: (row, layout, part) of each."""
-  out = np.empty([i.stop - i.start for i in index], dtype)
-  for row, layout, part in sources:
-    if row is None:
-      to, inner = out, index
-    elif index[0].start <= row < index[0].stop:
-      to, inner = out[row - index[0].start], index[1:]
-    else:
-      continue
-    if layout.each is None:
-      to[...] = layout.read(stored[layout.names[0]].array(), part)[inner]
-      continue
-    each, rest = inner[layout.each], inner[:layout.each] + inner[layout.each + 1:]
-    to = np.moveaxis(to, layout.each, 0)
-    for i in range(each.start, each.stop):
-      to[i - each.start] = layout.read(stored[layout.names[i]].array(), part)[rest]
-  return out
+def on_devices(leaf: jax.ShapeDtypeStruct, dtype, sources: list) -> jax.Array:
+  """A parameter on the current mesh. The host holds the part of one device at a time."""
+  sharding = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+  devices_of = defaultdict(list)  # several devices may hold the same part
+  for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+    devices_of[tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape))].append(device)
+  arrays = []
+  for index, devices in devices_of.items():
+    part = np.empty([i.stop - i.start for i in index], dtype)
+    for row, fill_row in sources:
+      if row is None:
+        fill_row(part, index)
+      elif index[0].start <= row < index[0].stop:
+        fill_row(part[row - index[0].start], index[1:])
+    arrays += [jax.device_put(part, device) for device in devices]
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def fill(stored: dict[str, Stored], layout: Layout, part: int, to: np.ndarray, index: tuple[slice, ...]) -> None:
+  """Sets `to` to the slices `index` of a weight, from the tensor or the tensors that hold it. Reads nothing else."""
+  if layout.each is None:
+    to[...] = layout.read(stored[layout.names[0]].array(), part)[index]
+    return
+  each, rest = index[layout.each], index[:layout.each] + index[layout.each + 1:]
+  for expert, to_expert in zip(range(each.start, each.stop), np.moveaxis(to, layout.each, 0)):
+    to_expert[...] = layout.read(stored[layout.names[expert]].array(), part)[rest]
 
 
 def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family: str | None = None,
@@ -251,10 +260,15 @@ def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family:
   module, config = config_for(model, meta, family)
   like, slots = parameters_of(model)
   entries = choose(module.tensors(model))
-  bound = bind(entries, slots)
-  dtypes = checkpoints.dtypes(step) if dtype == 'keep' else dict.fromkeys(like, dtype)
+  bound, given = bind(entries, slots)
+  dtypes = checkpoints.dtypes(step)
+  if dtype != 'keep':
+    dtypes |= {slot.parameter: dtype for b in bound for slot in b.slots if not b.layout.fp32}
   like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding) for name, leaf in like.items()}
   params = checkpoints.restore_params(step, like)
+  for entry, slot in given:
+    if not np.allclose(off_devices(params, slot), entry.values, rtol=1e-6):
+      raise ValueError(f'{entry.ours} has other values than the family gives it')
   tensors = [tensor for b in bound for tensor in to_write(b, params)]
   tensors += [constant_to_write(entry, tensors) for entry in entries if isinstance(entry, Constant)]
   scratch = target.with_name(f'.{target.name}.partial')
@@ -290,12 +304,11 @@ def config_for(model: DecoderConfig, meta: dict[str, Any], family: str | None) -
 def to_write(b: Bound, params: dict[str, jax.Array]) -> list[ToWrite]:
   """The tensors of theirs that a `Bound` stands for, made when they are written."""
   dtype = jnp.result_type(*(params[slot.parameter].dtype for slot in b.slots))
-  dtype = np.dtype(np.float32) if b.layout.fp32 else dtype
   weights: list[np.ndarray] = []  # off the devices once, for all experts
 
   def make(i: int) -> np.ndarray:
     if not weights:
-      weights.extend(np.asarray(params[s.parameter] if s.row is None else params[s.parameter][s.row]) for s in b.slots)
+      weights.extend(off_devices(params, slot) for slot in b.slots)
     theirs = np.empty(b.layout.shape, dtype)
     for part, ours in enumerate(weights):
       b.layout.write(theirs, part, ours if b.layout.each is None else ours.take(i, axis=b.layout.each))
@@ -304,6 +317,10 @@ def to_write(b: Bound, params: dict[str, jax.Array]) -> list[ToWrite]:
     return theirs
 
   return [ToWrite(name, dtype, b.layout.shape, lambda i=i: make(i)) for i, name in enumerate(b.layout.names)]
+
+
+def off_devices(params: dict[str, jax.Array], slot: Slot) -> np.ndarray:
+  return np.asarray(params[slot.parameter] if slot.row is None else params[slot.parameter][slot.row])
 
 
 def constant_to_write(entry: Constant, others: list[ToWrite]) -> ToWrite:

@@ -58,7 +58,7 @@ def write_config(family: ModuleType, model: DecoderConfig) -> dict[str, Any]:
 
 
 def choose_family(model: DecoderConfig, first: ModuleType | None) -> tuple[ModuleType, dict[str, Any]]:
-  """(family, config.json): `first` if it can express the model, else any. ValueError with the nearest reasons if none can."""
+  """(family, config.json): `first` if it can express the model, else any. ValueError with some reasons if none can."""
   reasons = []
   for family in [first] * (first is not None) + list(families().values()):
     try:

@@ -78,7 +78,8 @@ class Keys:
     """A list of items of these types, and of that length."""
     value = self.take(key, (list,), default)
     if value is not default and not all(isinstance(item, kinds) for item in value):
-      raise ValueError(f'{self.where}: {key}={_short(value)} must be a list of {" or ".join(kind.__name__ for kind in kinds)}')
+      kind = ' or '.join(kind.__name__ for kind in kinds)
+      raise ValueError(f'{self.where}: {key}={_short(value)} must be a list of {kind}')
     if value is not default and length is not None and len(value) != length:
       raise ValueError(f'{self.where}: {key} has {len(value)} items, and {length} are needed')
     return value
@@ -108,7 +109,7 @@ class Keys:
     for key in keys:
       self._left.pop(key, None)
 
-  def inner(self, key: str) -> 'Keys':
+  def inner(self, key: str) -> Keys:
     """The keys of an object within this one; its `done` is the caller's."""
     return Keys(self.dict(key), f'{self.where}: {key}')
 
@@ -120,9 +121,8 @@ class Keys:
     """ValueError if a key was not taken that is not known to be inert. Nothing is what null, false and emptiness say."""
     left = [key for key, value in self._left.items() if key not in inert and value not in (None, False, [], {}, '')]
     if left:
-      named = ', '.join(f'{key}={_short(self._left[key])}' for key in left[:12])
-      raise ValueError(f'{self.where}: nobody here knows {named}{f" and {len(left) - 12} more keys" if len(left) > 12 else ""}: '
-                       'they may change what the model computes')
+      named = ', '.join(f'{key}={_short(self._left[key])}' for key in left[:12]) + ' and more' * (len(left) > 12)
+      raise ValueError(f'{self.where}: nobody here knows {named}, which may change what the model computes')
 
 
 def _short(value) -> str:

@@ -26,14 +26,14 @@ says nothing, so that one table serves all layers of a family. Where their order
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-  """A tensor (or one for each of {E}) that holds weights of ours. fp32: it is not written in fewer bits than these."""
+  """A tensor (or one for each of {E}) that holds weights of ours. fp32: a cast to fewer bits by --dtype leaves it alone."""
 
   name: str
   layout: str
@@ -64,6 +64,15 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+  """A weight of ours that no tensor holds, because it follows from the config: its values, fp32 [as the weight]. A model
+  that has others cannot be exported."""
+
+  ours: str
+  values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class LeftOut:
   """Tensors that may be there and are not imported, by a regular expression of their whole name, and why."""
 
@@ -81,7 +90,7 @@ class Either:
     object.__setattr__(self, 'ways', tuple(tuple(way) for way in ways))
 
 
-Entry = Tensor | Copy | Constant | LeftOut | Either
+Entry = Tensor | Copy | Constant | Given | LeftOut | Either
 
 
 def within(theirs: str, ours: str, entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -94,15 +103,16 @@ def within(theirs: str, ours: str, entries: Iterable[Entry]) -> Iterator[Entry]:
         yield Copy(theirs + entry.name, theirs + entry.of)
       case Constant():
         yield dataclasses.replace(entry, name=theirs + entry.name)
+      case Given():
+        yield dataclasses.replace(entry, ours=ours + entry.ours)
       case LeftOut():
         yield dataclasses.replace(entry, pattern=re.escape(theirs) + entry.pattern)
       case Either():
         yield Either(*(within(theirs, ours, way) for way in entry.ways))
 
 
-def choose(entries: Iterable[Entry], names: Iterable[str] | None = None) -> list[Tensor | Copy | Constant | LeftOut]:
+def choose(entries: Iterable[Entry], names: Container[str] | None = None) -> list[Entry]:
   """The entries without alternatives: of each `Either` the way that has most of the names (None: always the first)."""
-  names = None if names is None else {re.sub(r'\d+', '#', name) for name in names}
   chosen = []
   for entry in entries:
     if isinstance(entry, Either):
@@ -113,8 +123,8 @@ def choose(entries: Iterable[Entry], names: Iterable[str] | None = None) -> list
   return chosen
 
 
-def _hits(way: list[Entry], names: set[str]) -> int:
-  return sum(re.sub(r'\d+|\{.\}', '#', entry.name) in names for entry in way if isinstance(entry, Tensor))
+def _hits(way: list[Entry], names: Container[str]) -> int:
+  return sum(entry.name.replace('{E}', '0') in names for entry in way if isinstance(entry, Tensor))
 
 
 def letters_of(name: str) -> str:
@@ -126,7 +136,8 @@ def letters_of(name: str) -> str:
 class Layout:
   """A `Tensor` whose sizes are known.
 
-  names: of their tensors, several where the name has {E}. shape: of each. each: the position of E in our dims, or None. fp32: as of the tensor.
+  names: of their tensors, several where the name has {E}. shape: of each. each: the position of E in our dims, or None.
+  fp32: as of the tensor.
   """
 
   def __init__(self, tensor: Tensor, shapes: list[tuple[int, ...]]):
@@ -134,16 +145,17 @@ class Layout:
     self.fp32 = tensor.fp32
     parts = [letters_of(part) for part in tensor.parts]
     sizes = [_sizes(tensor, letters, shape) for letters, shape in zip(parts, shapes)]
-    each = re.search(r'\{(\w)\}', tensor.name)
-    self.each = parts[0].index(each[1]) if each else None
-    self.names = [tensor.name.replace(each[0], str(i)) for i in range(sizes[0][each[1]])] if each else [tensor.name]
+    self.each = parts[0].index('E') if '{E}' in tensor.name else None
+    self.names = [tensor.name] if self.each is None else [
+      tensor.name.replace('{E}', str(i)) for i in range(shapes[0][self.each])]
     dims = [_parse(dim, len(parts)) for dim in tensor.layout.split()]
     self.shape = tuple(math.prod(_agreed(tensor, sizes, letter) for letter in outer) * sum(_lengths(inner, sizes))
                        for outer, inner in dims)
     # A part is seen in three steps: their array with each letter a dim of its own, and each bracket one; the part cut out of
     # the brackets; its letters there as dims of their own, in the order of ours. All are views: dims are only ever split.
-    self._whole = [n for outer, inner in dims for n in
-                   (*(_agreed(tensor, sizes, letter) for letter in outer), *([sum(_lengths(inner, sizes))] if inner else []))]
+    self._whole = []
+    for outer, inner in dims:
+      self._whole += [_agreed(tensor, sizes, letter) for letter in outer] + ([sum(_lengths(inner, sizes))] if inner else [])
     self._cuts, self._splits, self._orders, self._shapes = [], [], [], []
     for part, (letters, size, shape) in enumerate(zip(parts, sizes, shapes)):
       cut, seen = [], ''
@@ -151,7 +163,7 @@ class Layout:
         ends = np.cumsum([0, *_lengths(inner, sizes)])
         cut += [slice(None)] * len(outer) + ([slice(ends[part], ends[part + 1])] if inner else [])
         seen += outer + (inner[part] if inner else '')
-      ours = ''.join(_expanded(tensor, letter) for letter in letters if not each or letter != each[1])
+      ours = ''.join(_expanded(tensor, letter) for i, letter in enumerate(letters) if i != self.each)
       seen = seen.replace('1', '')
       assert sorted(seen) == sorted(ours) and len(set(ours)) == len(ours), (
         f'{tensor.name}: the layout has the dims {seen} for {tensor.parts[part]}, which has {ours}')
@@ -179,7 +191,7 @@ def _parse(dim: str, n_parts: int) -> tuple[str, list[str]]:
   parsed = re.fullmatch(r'([A-Z]*)(?:\(([A-Z1|]+)\))?|1', dim)
   assert parsed, f'the dim {dim!r} of a layout is neither letters, nor letters with brackets, nor 1'
   outer, inner = parsed[1] or '', parsed[2].split('|') if parsed[2] else []
-  assert len(inner) in (0, n_parts), f'the dim {dim!r} of a layout holds {len(inner)} weights, and there are {n_parts} of ours'
+  assert len(inner) in (0, n_parts), f'the dim {dim!r} of a layout holds {len(inner)} weights, ours are {n_parts}'
   return outer, inner
 
 

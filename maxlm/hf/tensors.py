@@ -67,8 +67,8 @@ def open_directory(directory: Path) -> dict[str, Mapped]:
   pickled = sorted(path.name for path in directory.glob('pytorch_model*.bin')) + sorted(
     path.name for path in directory.glob('consolidated*.pth'))
   if pickled:
-    raise FileNotFoundError(f'{directory} has weights only as {pickled[0]}, a pickle, which is code: load it where you trust it '
-                            'and save it again with save_pretrained(…, safe_serialization=True)')
+    raise FileNotFoundError(f'{directory} has weights only as {pickled[0]}, a pickle, which is code: load it where you '
+                            'trust it and save it again with save_pretrained(…, safe_serialization=True)')
   raise FileNotFoundError(f'{directory} has neither {SINGLE} nor {INDEX}: is it a Hugging Face model?')
 
 
