@@ -1,0 +1,54 @@
+"""A whole model at a time, for tests: its weights, its hidden states, its loss and all gradients."""
+
+import functools
+
+import jax
+import numpy as np
+
+from maxlm.data import to_device
+from maxlm.losses import LossConfig, next_token_loss
+from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
+
+FP32 = ComputeConfig(dtype='float32', kernel='chunked')
+
+
+def perturbed(model: DecoderConfig, seed: int = 0) -> Decoder:
+  """Weights with no norm scale left at 1 and no bias or sink at 0, so that a skipped one shows. The same on every mesh."""
+  def draw(key):
+    init_key, noise_key = jax.random.split(key)
+    named, treedef = jax.tree_util.tree_flatten_with_path(Decoder(model, init_key))
+    leaves = []
+    for i, (path, w) in enumerate(named):
+      if not jax.tree_util.keystr(path).rpartition('.w_')[1]:  # matrices are random already
+        noise = jax.random.normal(jax.random.fold_in(noise_key, i), w.shape)
+        w += 0.1 * jax.reshard(noise, jax.typeof(w).sharding.spec)
+      leaves.append(w)
+    return treedef.unflatten(leaves)
+  return jax.jit(draw)(jax.random.key(seed))
+
+
+def hidden(params, batch, model, compute=FP32) -> np.ndarray:
+  """Final hidden states [B, T, D] of a batch."""
+  device = to_device(batch)
+  return np.asarray(jax.jit(functools.partial(Decoder.hidden, config=model, compute=compute))(
+    params, tokens_BT=device['tokens'], segment_ids_BT=device['segment_ids'], positions_BT=device['positions']))
+
+
+def gradients(params, batch, model, compute=FP32) -> tuple[float, dict[str, np.ndarray]]:
+  """(loss, gradients as {name: array}) of the mean loss."""
+  n = int((batch['segment_ids'] > 0).sum())
+
+  def loss(params, batch):
+    return next_token_loss(params, model, compute, LossConfig(z_loss=1e-3), batch)[0] / n
+
+  value, grads = jax.jit(jax.value_and_grad(loss))(params, to_device(batch))
+  return float(value), {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+
+
+def assert_same_gradients(a: dict[str, np.ndarray], b: dict[str, np.ndarray], rtol: float, without_gradient=()) -> None:
+  """Each leaf within rtol of its largest value; those whose names contain one of `without_gradient`, and no others, are 0."""
+  assert a.keys() == b.keys()
+  for name in a:
+    scale = np.abs(a[name]).max()
+    assert (scale == 0) == any(word in name for word in without_gradient), f'{name}: the largest gradient is {scale}'
+    np.testing.assert_allclose(b[name], a[name], atol=rtol * scale, rtol=0, err_msg=name)
