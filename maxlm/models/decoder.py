@@ -21,6 +21,7 @@ from maxlm.layers.delta import DeltaSpec
 from maxlm.layers.lightning import LightningSpec
 from maxlm.layers.mamba2 import Mamba2Spec
 from maxlm.layers.mlp import MlpSpec
+from maxlm.layers.moe import MoeSpec
 from maxlm.layers.norm import Norm, NormSpec
 from maxlm.layers.parallel import ParallelSpec
 from maxlm.layers.param import normal
@@ -29,7 +30,7 @@ from maxlm.layers.rows import Past, Rows, rope_key
 from maxlm.sharding import spec as shard
 
 Mixer = AttentionSpec | Mamba2Spec | DeltaSpec | LightningSpec | ParallelSpec
-FeedForward = MlpSpec
+FeedForward = MlpSpec | MoeSpec
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -319,13 +320,17 @@ def remat(function, policy: str, scanned: bool):
 
 def stack_of_layer(config: DecoderConfig) -> list[int]:
   """For each layer, the stack that holds its weights: one stack for all layers whose weights have the same shapes."""
-  shapes, stack_of_spec = [], []
+  known, shapes, stack_of_spec = [], [], []
   for layer_spec in config.pattern:
-    weights = jax.eval_shape(lambda s=layer_spec: Layer(s, config.d_model, config.norm, nnx.Rngs(0)))
-    shape = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
-    if shape not in shapes:
-      shapes.append(shape)
-    stack_of_spec.append(shapes.index(shape))
+    if layer_spec in known:
+      stack_of_spec.append(stack_of_spec[known.index(layer_spec)])
+    else:
+      weights = jax.eval_shape(lambda s=layer_spec: Layer(s, config.d_model, config.norm, nnx.Rngs(0)))
+      shape = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
+      if shape not in shapes:
+        shapes.append(shape)
+      stack_of_spec.append(shapes.index(shape))
+    known.append(layer_spec)
   return [stack_of_spec[i % len(config.pattern)] for i in range(config.n_layers)]
 
 
