@@ -16,11 +16,11 @@ from maxlm.sharding import spec as shard
 
 def document_starts(rows: Rows, past: Past | None = None) -> jax.Array:
   """bool [B, T]: the segment id differs from that of the token before, the last one of the past; the first of all starts."""
-  ids_BT = jax.reshard(rows.segment_ids_BT, shard('BT'))
-  first_B1 = jnp.full((ids_BT.shape[0], 1), True, out_sharding=shard('BT'))
+  ids_BT = jax.reshard(rows.segment_ids_BT, shard('BM'))  # M is never split: a token's neighbour is on its device
+  first_B1 = jnp.full((ids_BT.shape[0], 1), True, out_sharding=shard('BM'))
   if past is not None:
     last_B1 = jax.lax.dynamic_slice_in_dim(past.segment_ids_BM, jnp.maximum(past.column - 1, 0), 1, axis=1)
-    first_B1 = (past.column == 0) | (ids_BT[:, :1] != jax.reshard(last_B1, shard('BT')))
+    first_B1 = (past.column == 0) | (ids_BT[:, :1] != last_B1)
   return jnp.concatenate([first_B1, ids_BT[:, 1:] != ids_BT[:, :-1]], axis=1)
 
 
