@@ -1,7 +1,8 @@
 """What the families share: tables of tensors, and looking at a model's layers.
 
 The names of theirs in a table of a layer begin after 'model.layers.3.', ours after 'layers.3.'; a weight that a layer
-does not have makes its entry say nothing (`maxlm.hf.mapping`).
+does not have makes its entry say nothing (`maxlm.hf.mapping`). In a table of WEIGHTS both begin within the module, for
+families that have it elsewhere: within('mixer.', 'mlp.', MLP_WEIGHTS).
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,27 +10,29 @@ from collections.abc import Iterable, Iterator
 from maxlm.hf.mapping import Copy, Either, Entry, Tensor, within
 from maxlm.models.decoder import DecoderConfig, LayerSpec
 
-ATTENTION = (
-  Tensor('self_attn.q_proj.weight', 'NH D', 'mixer.w_q_DNH'),
-  Tensor('self_attn.k_proj.weight', 'KH D', 'mixer.w_k_DKH'),
-  Tensor('self_attn.v_proj.weight', 'KH D', 'mixer.w_v_DKH'),
-  Tensor('self_attn.o_proj.weight', 'D NH', 'mixer.w_o_NHD'),
-  Tensor('self_attn.q_proj.bias', 'NH', 'mixer.b_q_NH'),
-  Tensor('self_attn.k_proj.bias', 'KH', 'mixer.b_k_KH'),
-  Tensor('self_attn.v_proj.bias', 'KH', 'mixer.b_v_KH'),
-  Tensor('self_attn.o_proj.bias', 'D', 'mixer.b_o_D'),
-  Tensor('self_attn.q_norm.weight', 'D', 'mixer.q_norm.scale_D'),
-  Tensor('self_attn.k_norm.weight', 'D', 'mixer.k_norm.scale_D'),
+ATTENTION_WEIGHTS = (
+  Tensor('q_proj.weight', 'NH D', 'w_q_DNH'),
+  Tensor('k_proj.weight', 'KH D', 'w_k_DKH'),
+  Tensor('v_proj.weight', 'KH D', 'w_v_DKH'),
+  Tensor('o_proj.weight', 'D NH', 'w_o_NHD'),
+  Tensor('q_proj.bias', 'NH', 'b_q_NH'),
+  Tensor('k_proj.bias', 'KH', 'b_k_KH'),
+  Tensor('v_proj.bias', 'KH', 'b_v_KH'),
+  Tensor('o_proj.bias', 'D', 'b_o_D'),
+  Tensor('q_norm.weight', 'D', 'q_norm.scale_D'),
+  Tensor('k_norm.weight', 'D', 'k_norm.scale_D'),
 )
+ATTENTION = tuple(within('self_attn.', 'mixer.', ATTENTION_WEIGHTS))
 
-MLP = (
-  Tensor('mlp.gate_proj.weight', 'F D', 'mlp.w_gate_DF'),
-  Tensor('mlp.up_proj.weight', 'F D', 'mlp.w_up_DF'),
-  Tensor('mlp.down_proj.weight', 'D F', 'mlp.w_down_FD'),
-  Tensor('mlp.gate_proj.bias', 'F', 'mlp.b_gate_F'),
-  Tensor('mlp.up_proj.bias', 'F', 'mlp.b_up_F'),
-  Tensor('mlp.down_proj.bias', 'D', 'mlp.b_down_D'),
+MLP_WEIGHTS = (
+  Tensor('gate_proj.weight', 'F D', 'w_gate_DF'),
+  Tensor('up_proj.weight', 'F D', 'w_up_DF'),
+  Tensor('down_proj.weight', 'D F', 'w_down_FD'),
+  Tensor('gate_proj.bias', 'F', 'b_gate_F'),
+  Tensor('up_proj.bias', 'F', 'b_up_F'),
+  Tensor('down_proj.bias', 'D', 'b_down_D'),
 )
+MLP = tuple(within('mlp.', 'mlp.', MLP_WEIGHTS))
 
 # Of a mixture: as published, one tensor an expert, and as transformers 5 has them in memory.
 EXPERTS = (
@@ -46,12 +49,13 @@ PRE_NORMS = (
 )
 
 
-def embeddings(model: DecoderConfig) -> Iterator[Entry]:
+def embeddings(model: DecoderConfig, table: str = 'model.embed_tokens.weight',
+               norm: str = 'model.norm.weight') -> Iterator[Entry]:
   """Embeddings, last norm and head; a head beside tied embeddings must be equal to them."""
-  yield Tensor('model.embed_tokens.weight', 'V D', 'embed_VD')
-  yield Tensor('model.norm.weight', 'D', 'final_norm.scale_D')
+  yield Tensor(table, 'V D', 'embed_VD')
+  yield Tensor(norm, 'D', 'final_norm.scale_D')
   if model.tied_embeddings:
-    yield Copy('lm_head.weight', of='model.embed_tokens.weight')
+    yield Copy('lm_head.weight', of=table)
   else:
     yield Tensor('lm_head.weight', 'V D', 'unembed_DV')
 
