@@ -169,6 +169,8 @@ def find(argument: str) -> tuple[Checkpoints, int]:
   """The checkpoint a user means by 'WORKDIR' (its newest) or 'WORKDIR@STEP'. FileNotFoundError if there is none."""
   workdir, step = parse(argument)
   checkpoints = Checkpoints(epath.Path(workdir) / 'checkpoints')
+  if not checkpoints.steps() and any(epath.Path(workdir).glob('*.safetensors')):
+    raise FileNotFoundError(f'{workdir} is a Hugging Face model: import it first, `python -m maxlm.hf import {workdir} DIR`')
   if step is None and not checkpoints.steps():
     raise FileNotFoundError(f'no checkpoint in {checkpoints.directory}: give the workdir of a run, or WORKDIR@STEP')
   step = checkpoints.latest() if step is None else step

@@ -25,6 +25,7 @@ from maxlm import typed_json
 from maxlm.checkpoint import Checkpoints, find, lineage, named_leaves
 from maxlm.hf.families import choose_family, families, family_of, read_config, write_config
 from maxlm.hf.mapping import Constant, Copy, Entry, Given, Layout, LeftOut, Tensor, choose
+from maxlm.hf.quantized import dequantized
 from maxlm.hf.tensors import Stored, ToWrite, open_directory, write_directory
 from maxlm.models.decoder import Decoder, DecoderConfig, stack_of_layer
 
@@ -118,7 +119,7 @@ def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
   checkpoints = Checkpoints(target / 'checkpoints')
   if checkpoints.steps() or (target / 'config.json').exists():
     raise FileExistsError(f'{target} has a model already: give a new directory')
-  stored = open_directory(source)
+  stored = dequantized(open_directory(source), config)
   model = with_vocabulary_of(stored, family, model, notes)
   entries = choose(family.tensors(model), stored)
   like, slots = parameters_of(model)

@@ -142,35 +142,30 @@ class Layout:
 
   def __init__(self, tensor: Tensor, shapes: list[tuple[int, ...]]):
     """shapes: of our weights, one a part, without L. ValueError, naming the tensor, if they do not fit together in it."""
-    self.fp32 = tensor.fp32
-    parts = [letters_of(part) for part in tensor.parts]
-    sizes = [_sizes(tensor, letters, shape) for letters, shape in zip(parts, shapes)]
-    self.each = parts[0].index('E') if '{E}' in tensor.name else None
+    letters = [letters_of(part) for part in tensor.parts]
+    dims = [_parse(dim, len(letters)) for dim in tensor.layout.split()]
+    self.fp32, self.each = tensor.fp32, letters[0].index('E') if '{E}' in tensor.name else None
     self.names = [tensor.name] if self.each is None else [
       tensor.name.replace('{E}', str(i)) for i in range(shapes[0][self.each])]
-    dims = [_parse(dim, len(parts)) for dim in tensor.layout.split()]
-    self.shape = tuple(math.prod(_agreed(tensor, sizes, letter) for letter in outer) * sum(_lengths(inner, sizes))
-                       for outer, inner in dims)
+    self._shapes = [tuple(n for i, n in enumerate(shape) if i != self.each) for shape in shapes]
+    seen = [''.join(outer + (inner[part] if inner else '') for outer, inner in dims).replace('1', '')
+            for part in range(len(letters))]
+    ours = [''.join(_expanded(tensor, letter) for i, letter in enumerate(mine) if i != self.each) for mine in letters]
+    for part, a, b in zip(tensor.parts, seen, ours):
+      assert sorted(a) == sorted(b) and len(set(b)) == len(b), f'{tensor.name}: {tensor.layout!r} has {a}, {part} has {b}'
+    sizes = [_sizes(tensor, mine, shape) for mine, shape in zip(letters, shapes)]
     # A part is seen in three steps: their array with each letter a dim of its own, and each bracket one; the part cut out of
     # the brackets; its letters there as dims of their own, in the order of ours. All are views: dims are only ever split.
-    self._whole = []
+    self.shape, self._whole, self._cuts = (), [], [()] * len(letters)
     for outer, inner in dims:
-      self._whole += [_agreed(tensor, sizes, letter) for letter in outer] + ([sum(_lengths(inner, sizes))] if inner else [])
-    self._cuts, self._splits, self._orders, self._shapes = [], [], [], []
-    for part, (letters, size, shape) in enumerate(zip(parts, sizes, shapes)):
-      cut, seen = [], ''
-      for outer, inner in dims:
-        ends = np.cumsum([0, *_lengths(inner, sizes)])
-        cut += [slice(None)] * len(outer) + ([slice(ends[part], ends[part + 1])] if inner else [])
-        seen += outer + (inner[part] if inner else '')
-      ours = ''.join(_expanded(tensor, letter) for i, letter in enumerate(letters) if i != self.each)
-      seen = seen.replace('1', '')
-      assert sorted(seen) == sorted(ours) and len(set(ours)) == len(ours), (
-        f'{tensor.name}: the layout has the dims {seen} for {tensor.parts[part]}, which has {ours}')
-      self._cuts.append(tuple(cut))
-      self._splits.append([size[letter] for letter in seen])
-      self._orders.append([seen.index(letter) for letter in ours])
-      self._shapes.append(tuple(n for i, n in enumerate(shape) if i != self.each))
+      lengths = [_agreed(tensor, sizes, letter) for letter in outer]
+      widths = [math.prod(size[letter] for letter in mine) for mine, size in zip(inner, sizes)]
+      self.shape += (math.prod(lengths) * (sum(widths) if inner else 1),)
+      self._whole += [*lengths, *([sum(widths)] if inner else [])]
+      for part, end in enumerate(np.cumsum(widths) if inner else [None] * len(letters)):
+        self._cuts[part] += (slice(None),) * len(outer) + ((slice(end - widths[part], end),) if inner else ())
+    self._splits = [[size[letter] for letter in a] for size, a in zip(sizes, seen)]
+    self._orders = [[a.index(letter) for letter in b] for a, b in zip(seen, ours)]
 
   def read(self, theirs: np.ndarray, part: int) -> np.ndarray:
     """The values in one of their arrays of a weight of ours; a view of it unless `where` took a dim apart."""
@@ -223,8 +218,3 @@ def _agreed(tensor: Tensor, sizes: list[dict[str, int]], letter: str) -> int:
   if len(found) > 1:
     raise ValueError(f'{tensor.name}: its weights have the sizes {sorted(found)} for {letter}')
   return found.pop()
-
-
-def _lengths(inner: list[str], sizes: list[dict[str, int]]) -> list[int]:
-  """Entries that each part has in a bracket; [1] where there is none."""
-  return [math.prod(size[letter] for letter in letters) for letters, size in zip(inner, sizes)] or [1]

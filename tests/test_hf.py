@@ -1,0 +1,282 @@
+"""Conversion from and to Hugging Face directories: the language of maps, the engine, and files that are not what they say.
+
+That each family computes what transformers computes is tested in test_hf_families.py.
+"""
+
+import json
+import struct
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from maxlm import typed_json
+from maxlm.checkpoint import Checkpoints
+from maxlm.hf import convert, families
+from maxlm.hf.keys import Keys
+from maxlm.hf.mapping import Constant, Copy, Either, Given, Layout, LeftOut, Tensor, choose, within
+from maxlm.hf.rope import read_rope, read_ropes, write_rope
+from maxlm.hf.tensors import INDEX, SINGLE, ToWrite, open_directory, open_file, write_directory
+from maxlm.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
+from maxlm.models.decoder import DecoderConfig
+from maxlm.sharding import MeshConfig, make_mesh
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+LLAMA = {'model_type': 'llama', 'vocab_size': 64, 'hidden_size': 16, 'num_hidden_layers': 3, 'num_attention_heads': 4,
+         'num_key_value_heads': 2, 'intermediate_size': 24, 'head_dim': 6, 'rope_theta': 500.0, 'torch_dtype': 'bfloat16'}
+Q_PROJ, UP_PROJ = 'model.layers.1.self_attn.q_proj.weight', 'model.layers.2.mlp.up_proj.weight'
+
+
+def tensors_of(config: dict, dtype=BF16) -> dict[str, np.ndarray]:
+  """Random tensors of a model of that config, under their names."""
+  family, model, _ = families.read_config(config)
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    _, slots = convert.parameters_of(model)
+  bound, _ = convert.bind(choose(family.tensors(model)), slots)
+  rng = np.random.default_rng(0)
+  return {name: rng.normal(size=b.layout.shape).astype(dtype) for b in bound for name in b.layout.names}
+
+
+def write(folder, config: dict, tensors: dict[str, np.ndarray], max_shard_bytes: int = 10**9):
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(config))
+  write_directory(folder, [ToWrite(name, a.dtype, a.shape, lambda a=a: a) for name, a in tensors.items()], max_shard_bytes)
+  return folder
+
+
+def contents(folder) -> dict[str, np.ndarray]:
+  return {name: np.array(tensor.array()) for name, tensor in open_directory(folder).items()}
+
+
+def parameters(workdir) -> dict[str, np.ndarray]:
+  """What the checkpoint of a workdir holds, as it is stored."""
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  like, _ = convert.parameters_of(typed_json.decode(checkpoints.meta(0)['model'], DecoderConfig))
+  dtypes = checkpoints.dtypes(0)
+  like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding) for name, leaf in like.items()}
+  return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_params(0, like).items()}
+
+
+# The language of maps.  D=6 N=4 K=2 H=3 E=5 F=7 G=2 P=5
+
+MAPS = {
+  'plain': (Tensor('q', 'NH D', 'w_q_DNH'), [(6, 4, 3)], lambda a: [a.reshape(4, 3, 6).transpose(2, 0, 1)]),
+  'as it is': (Tensor('fc', 'D F', 'w_up_DF'), [(6, 7)], lambda a: [a]),
+  'one after the other': (
+    Tensor('qkv', '(NH|KH|KH) D', 'w_q_DNH | w_k_DKH | w_v_DKH'), [(6, 4, 3), (6, 2, 3), (6, 2, 3)],
+    lambda a: [a[:12].reshape(4, 3, 6).transpose(2, 0, 1), a[12:18].reshape(2, 3, 6).transpose(2, 0, 1),
+               a[18:].reshape(2, 3, 6).transpose(2, 0, 1)]),
+  'columns one after the other': (
+    Tensor('c_attn', 'D (NH|KH|KH)', 'w_q_DNH | w_k_DKH | w_v_DKH'), [(6, 4, 3), (6, 2, 3), (6, 2, 3)],
+    lambda a: [a[:, :12].reshape(6, 4, 3), a[:, 12:18].reshape(6, 2, 3), a[:, 18:].reshape(6, 2, 3)]),
+  'columns in turn': (Tensor('gate_up', 'E D F(1|1)', 'w_gate_EDF | w_up_EDF'), [(5, 6, 7)] * 2,
+                      lambda a: [a[:, :, 0::2], a[:, :, 1::2]]),
+  'within each head': (Tensor('q_gate', 'N(H|H) D', 'w_q_DNH | w_gate_DNH'), [(6, 4, 3)] * 2,
+                       lambda a: [a.reshape(4, 2, 3, 6)[:, i].transpose(2, 0, 1) for i in (0, 1)]),
+  'parts of unlike widths': (Tensor('kv_b', 'N(H|P) D', 'w_k_DNH | w_v_DNP'), [(6, 4, 3), (6, 4, 5)],
+                             lambda a: [a.reshape(4, 8, 6)[:, :3].transpose(2, 0, 1), a.reshape(4, 8, 6)[:, 3:].transpose(2, 0, 1)]),
+  'a dim taken apart': (
+    Tensor('qkvz', 'K(H|GP|GP) D', 'w_k_DKH | w_v_DNP | w_z_DNP', {'N': 'KG', 'K': 2}), [(6, 2, 3), (6, 4, 5), (6, 4, 5)],
+    lambda a: [a.reshape(2, 23, 6)[:, :3].transpose(2, 0, 1)] + [
+      a.reshape(2, 23, 6)[:, i:i + 10].reshape(4, 5, 6).transpose(2, 0, 1) for i in (3, 13)]),
+  'numbers of a head taken apart': (
+    Tensor('ba', 'K(G|G) D', 'w_b_DN | w_a_DN', {'N': 'KG', 'K': 2}), [(6, 4)] * 2,
+    lambda a: [a.reshape(2, 2, 2, 6)[:, i].reshape(4, 6).T for i in (0, 1)]),
+  'a letter by another name': (Tensor('x', '(F|F) D', 'w_a_DF | w_b_DN', {'N': 'F'}), [(6, 7), (6, 7)],
+                               lambda a: [a[:7].T, a[7:].T]),
+  'a convolution': (Tensor('conv', '(NH|KH) 1 W', 'conv_x_WNH | conv_b_WKH'), [(4, 4, 3), (4, 2, 3)],
+                    lambda a: [a[:12, 0].T.reshape(4, 4, 3), a[12:, 0].T.reshape(4, 2, 3)]),
+  'one number': (Tensor('alpha', '1', 'alpha_p'), [()], lambda a: [a[0]]),
+  'no dims': (Tensor('alpha', '', 'alpha_p'), [()], lambda a: [a]),
+}
+
+
+@pytest.mark.parametrize('tensor, shapes, expected', MAPS.values(), ids=MAPS)
+def test_a_layout_is_read_as_it_says_and_written_back_bit_for_bit(tensor, shapes, expected):
+  layout = Layout(tensor, shapes)
+  theirs = np.random.default_rng(0).normal(size=layout.shape).astype(BF16)
+  ours = [layout.read(theirs, part) for part in range(len(shapes))]
+  for mine, wanted, shape in zip(ours, expected(theirs), shapes):
+    assert mine.shape == shape
+    np.testing.assert_array_equal(mine, wanted)
+  again = np.zeros(layout.shape, BF16)
+  for part, mine in enumerate(ours):
+    layout.write(again, part, np.array(mine))
+  np.testing.assert_array_equal(again, theirs)
+
+
+@pytest.mark.parametrize('tensor, shapes, expected', [m for name, m in MAPS.items() if 'taken apart' not in name],
+                         ids=[name for name in MAPS if 'taken apart' not in name])
+def test_reading_a_layout_copies_nothing(tensor, shapes, expected):
+  layout = Layout(tensor, shapes)
+  theirs = np.zeros(layout.shape, BF16)
+  assert all(np.shares_memory(layout.read(theirs, part), theirs) for part in range(len(shapes)))
+
+
+def test_experts_in_tensors_of_their_own():
+  layout = Layout(Tensor('experts.{E}.up', 'F D', 'w_up_EDF'), [(5, 6, 7)])
+  assert layout.names == [f'experts.{e}.up' for e in range(5)] and layout.shape == (7, 6) and layout.each == 0
+  assert layout.read(np.zeros((7, 6)), 0).shape == (6, 7)
+
+
+@pytest.mark.parametrize('tensor, shapes, error', [
+  (Tensor('q', 'NH F', 'w_q_DNH'), [(6, 4, 3)], AssertionError),
+  (Tensor('q', 'NH', 'w_q_DNH'), [(6, 4, 3)], AssertionError),
+  (Tensor('q', '(N|N) D', 'w_q_DN | w_k_DN'), [(6, 4), (5, 4)], ValueError),
+  (Tensor('q', '(N|N|N) D', 'w_q_DN | w_k_DN'), [(6, 4), (6, 4)], AssertionError),
+  (Tensor('q', 'K(G|G) D', 'w_q_DN | w_k_DN', {'N': 'KG', 'K': 3}), [(6, 4), (6, 4)], ValueError),
+  (Tensor('q', 'n d', 'w_q_DN'), [(6, 4)], AssertionError),
+])
+def test_a_layout_that_does_not_fit_its_weights_is_refused(tensor, shapes, error):
+  with pytest.raises(error, match='[qnd]'):
+    Layout(tensor, shapes)
+
+
+def test_the_way_whose_names_are_there_is_chosen_and_the_first_is_written():
+  entries = [Either([Tensor('x.{E}.w', 'F D', 'w_EDF')], [Tensor('x.w', 'E F D', 'w_EDF')]), Tensor('y', 'D', 'y_D')]
+  assert [entry.name for entry in choose(entries, ['x.0.w', 'x.1.w', 'y'])] == ['x.{E}.w', 'y']
+  assert [entry.name for entry in choose(entries, ['x.w', 'y'])] == ['x.w', 'y']
+  assert [entry.name for entry in choose(entries)] == ['x.{E}.w', 'y']
+  nested = list(within('a.', 'b.', [*entries, Copy('z', of='y'), Constant('c', (1,), 0.5), LeftOut(r'\d', 'why'),
+                                    Given('g_N', np.zeros(2))]))
+  assert [tensor.name for tensor in choose(nested[:2], ['a.x.w'])] == ['a.x.w', 'a.y']
+  assert nested[1].ours == 'b.y_D' and (nested[2].name, nested[2].of) == ('a.z', 'a.y') and nested[3].name == 'a.c'
+  assert nested[4].pattern == r'a\.\d' and nested[5].ours == 'b.g_N'
+
+
+# Import and export.
+
+
+@pytest.mark.parametrize('max_shard_bytes', [10**9, 3000])
+def test_import_and_export_give_back_every_bit(tmp_path, mesh_of, max_shard_bytes):
+  tensors = tensors_of(LLAMA)
+  source = write(tmp_path / 'in', LLAMA, tensors, max_shard_bytes)
+  assert (source / INDEX).exists() == (max_shard_bytes == 3000)
+  with mesh_of(1):
+    report = convert.import_directory(source, tmp_path / 'run')
+    convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out', max_shard_bytes=max_shard_bytes)
+  assert (report.n_tensors, report.n_parameters, report.dtypes) == (len(tensors), sum(a.size for a in tensors.values()), ['bfloat16'])
+  out = contents(tmp_path / 'out')
+  assert {name: a.tobytes() for name, a in out.items()} == {name: a.tobytes() for name, a in tensors.items()}
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text()) == LLAMA
+  assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == sorted(p.name for p in source.iterdir())
+  assert all(path.stat().st_size <= 3000 + 2000 for path in source.glob('model-*'))  # and its header
+
+
+@pytest.mark.parametrize('sizes', [{'fsdp': 4, 'tensor': 2}, {'data': 2, 'tensor': 2}, {'fsdp': 8}], ids=str)
+def test_any_mesh_imports_the_same_and_each_device_reads_its_own_part(tmp_path, mesh_of, monkeypatch, sizes):
+  source = write(tmp_path / 'in', LLAMA, tensors_of(LLAMA))
+  with mesh_of(1):
+    convert.import_directory(source, tmp_path / 'one')
+    one = parameters(tmp_path / 'one')
+  filled, fill = [], convert.fill
+  monkeypatch.setattr(convert, 'fill', lambda *args: (filled.append(args[3].size), fill(*args)))
+  with mesh_of(**sizes):
+    convert.import_directory(source, tmp_path / 'many')
+    like, _ = convert.parameters_of(families.read_config(LLAMA)[1])
+    for name, leaf in parameters(tmp_path / 'many').items():
+      np.testing.assert_array_equal(leaf, one[name], err_msg=name)
+    convert.export_directory(str(tmp_path / 'many'), tmp_path / 'out')
+  assert {n: a.tobytes() for n, a in contents(tmp_path / 'out').items()} == {
+    n: a.tobytes() for n, a in contents(source).items()}
+  assert sum(filled) == sum(leaf.size for leaf in like.values())  # nothing is read twice, though some devices share a part
+  parts = sizes.get('fsdp', 1) * sizes.get('tensor', 1)
+  assert max(filled) == LLAMA['vocab_size'] * LLAMA['hidden_size'] // parts  # the largest weight of all
+
+
+@pytest.mark.parametrize('stored, asked, expected', [
+  ('bfloat16', 'keep', 'bfloat16'), ('float32', 'keep', 'float32'), ('float16', 'keep', 'float16'),
+  ('float64', 'keep', 'float32'), ('bfloat16', 'float32', 'float32'), ('float32', 'bfloat16', 'bfloat16')])
+def test_dtype_is_kept_or_cast_by_choice(tmp_path, mesh_of, stored, asked, expected):
+  tensors = tensors_of(LLAMA, np.dtype(stored))
+  with mesh_of(1):
+    convert.import_directory(write(tmp_path / 'in', LLAMA, tensors), tmp_path / 'run', asked)
+    assert {leaf.dtype.name for leaf in parameters(tmp_path / 'run').values()} == {expected}
+    convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out')
+    convert.export_directory(str(tmp_path / 'run'), tmp_path / 'bf16', 'bfloat16')
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['torch_dtype'] == expected
+  for name, array in contents(tmp_path / 'out').items():
+    np.testing.assert_array_equal(array, tensors[name].astype(expected))
+  for name, array in contents(tmp_path / 'bf16').items():
+    assert array.dtype == BF16
+    np.testing.assert_array_equal(array, tensors[name].astype(expected).astype(BF16))
+
+
+def drop(name):
+  return lambda tensors: tensors.pop(name)
+
+
+def rename(name, new):
+  return lambda tensors: tensors.update({new: tensors.pop(name)})
+
+
+def change(name, function):
+  return lambda tensors: tensors.update({name: function(tensors[name])})
+
+
+@pytest.mark.parametrize('damage, says', [
+  (drop(Q_PROJ), f'missing: {Q_PROJ}$'),
+  (rename(Q_PROJ, 'model.layers.1.self_attn.query.weight'),
+   f'missing: {Q_PROJ}; not used: model.layers.1.self_attn.query.weight'),
+  (lambda tensors: tensors.update({'model.layers.1.self_attn.q_proj.bias': np.zeros(24, BF16)}),
+   'not used: model.layers.1.self_attn.q_proj.bias'),
+  (lambda tensors: tensors.update({f'x{i}': np.zeros(2, BF16) for i in range(30)}), r'not used: x0, x1, .*x8, .*and 18 more'),
+  (change(UP_PROJ, np.transpose), rf'of another shape: {UP_PROJ} \(16, 24\), where the config says \(24, 16\)'),
+  (change(UP_PROJ, lambda a: a[:-1]), rf'of another shape: {UP_PROJ} \(23, 16\)'),
+  (change(UP_PROJ, lambda a: a.astype(np.int32)), f'of a dtype that weights do not have: {UP_PROJ} int32'),
+  (change('model.embed_tokens.weight', lambda a: a[:-1]), r'of another shape: model.embed_tokens.weight \(63, 16\)'),
+  (change('model.norm.weight', lambda a: a[None]), r'of another shape: model.norm.weight \(1, 16\)'),
+])
+def test_a_tensor_that_does_not_fit_is_refused_by_name(tmp_path, mesh_of, damage, says):
+  tensors = tensors_of(LLAMA)
+  damage(tensors)
+  with mesh_of(1), pytest.raises(ValueError, match=says):
+    convert.import_directory(write(tmp_path / 'in', LLAMA, tensors), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_head_beside_tied_embeddings_must_be_equal_to_them(tmp_path, mesh_of):
+  tied = LLAMA | {'tie_word_embeddings': True}
+  tensors = tensors_of(tied)
+  assert 'lm_head.weight' not in tensors
+  embeddings = tensors['model.embed_tokens.weight']
+  equal, other = write(tmp_path / 'a', tied, tensors | {'lm_head.weight': embeddings}), embeddings.copy()
+  other[3, 5] += 1
+  other = write(tmp_path / 'b', tied, tensors | {'lm_head.weight': other})
+  with mesh_of(1):
+    convert.import_directory(equal, tmp_path / 'run')
+    convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out')
+    with pytest.raises(ValueError, match='not a copy: lm_head.weight of model.embed_tokens.weight'):
+      convert.import_directory(other, tmp_path / 'no')
+  assert contents(tmp_path / 'out').keys() == tensors.keys()
+
+
+def test_rows_of_embeddings_beyond_the_vocabulary_are_kept(tmp_path, mesh_of):
+  tensors = tensors_of(LLAMA | {'vocab_size': 72})
+  with mesh_of(1):
+    report = convert.import_directory(write(tmp_path / 'in', LLAMA, tensors), tmp_path / 'run')
+    convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out')
+  assert 'has 72 rows for a vocabulary of 64' in report.notes[0]
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['vocab_size'] == 72
+  assert {n: a.tobytes() for n, a in contents(tmp_path / 'out').items()} == {n: a.tobytes() for n, a in tensors.items()}
+
+
+def test_buffers_of_angles_are_left_out_and_told(tmp_path, mesh_of):
+  tensors = tensors_of(LLAMA) | {f'model.layers.{i}.self_attn.rotary_emb.inv_freq': np.ones(3, np.float32) for i in range(3)}
+  with mesh_of(1):
+    report = convert.import_directory(write(tmp_path / 'in', LLAMA, tensors), tmp_path / 'run')
+  assert report.notes[0].startswith('left out model.layers.0.self_attn.rotary_emb.inv_freq and 2 more')
+
+
+def test_a_workdir_or_directory_that_is_in_use_is_left_alone(tmp_path, mesh_of):
+  source = write(tmp_path / 'in', LLAMA, tensors_of(LLAMA))
+  with mesh_of(1):
+    convert.import_directory(source, tmp_path / 'run')
+    with pytest.raises(FileExistsError, match='has a model already'):
+      convert.import_directory(source, tmp_path / 'run')
+    with pytest.raises(FileExistsError, match='has a model already'):
+      convert.import_directory(source, source)
+    with pytest.raises(FileExistsError, match='not an empty directory'):
+      convert.export_directory(str(tmp_path / 'run'), source)
