@@ -19,7 +19,8 @@ def document_starts(rows: Rows, past: Past | None = None) -> jax.Array:
   ids_BT = jax.reshard(rows.segment_ids_BT, shard('BM'))  # M is never split: a token's neighbour is on its device
   first_B1 = jnp.full((ids_BT.shape[0], 1), True, out_sharding=shard('BM'))
   if past is not None:
-    last_B1 = jax.lax.dynamic_slice_in_dim(past.segment_ids_BM, jnp.maximum(past.column - 1, 0), 1, axis=1)
+    past_BM = jax.reshard(past.segment_ids_BM, shard('BM'))
+    last_B1 = jax.lax.dynamic_slice_in_dim(past_BM, jnp.maximum(past.column - 1, 0), 1, axis=1)
     first_B1 = (past.column == 0) | (ids_BT[:, :1] != last_B1)
   return jnp.concatenate([first_B1, ids_BT[:, 1:] != ids_BT[:, :-1]], axis=1)
 
