@@ -4,21 +4,24 @@ That each family computes what transformers computes is tested in test_hf_famili
 """
 
 import json
-import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
+import tokenizers
 
+from configs import quickstart
 from maxlm import typed_json
 from maxlm.checkpoint import Checkpoints
 from maxlm.hf import convert, families
 from maxlm.hf.keys import Keys
 from maxlm.hf.mapping import Constant, Copy, Either, Given, Layout, LeftOut, Tensor, choose, within
-from maxlm.hf.rope import read_rope, read_ropes, write_rope
-from maxlm.hf.tensors import INDEX, SINGLE, ToWrite, open_directory, open_file, write_directory
+from maxlm.hf.rope import read_rope, write_rope
+from maxlm.hf.tensors import INDEX, ToWrite, open_directory, write_directory
 from maxlm.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 from maxlm.models.decoder import DecoderConfig
 from maxlm.sharding import MeshConfig, make_mesh
@@ -75,8 +78,9 @@ MAPS = {
                       lambda a: [a[:, :, 0::2], a[:, :, 1::2]]),
   'within each head': (Tensor('q_gate', 'N(H|H) D', 'w_q_DNH | w_gate_DNH'), [(6, 4, 3)] * 2,
                        lambda a: [a.reshape(4, 2, 3, 6)[:, i].transpose(2, 0, 1) for i in (0, 1)]),
-  'parts of unlike widths': (Tensor('kv_b', 'N(H|P) D', 'w_k_DNH | w_v_DNP'), [(6, 4, 3), (6, 4, 5)],
-                             lambda a: [a.reshape(4, 8, 6)[:, :3].transpose(2, 0, 1), a.reshape(4, 8, 6)[:, 3:].transpose(2, 0, 1)]),
+  'parts of unlike widths': (
+    Tensor('kv_b', 'N(H|P) D', 'w_k_DNH | w_v_DNP'), [(6, 4, 3), (6, 4, 5)],
+    lambda a: [a.reshape(4, 8, 6)[:, cut].transpose(2, 0, 1) for cut in (slice(3), slice(3, 8))]),
   'a dim taken apart': (
     Tensor('qkvz', 'K(H|GP|GP) D', 'w_k_DKH | w_v_DNP | w_z_DNP', {'N': 'KG', 'K': 2}), [(6, 2, 3), (6, 4, 5), (6, 4, 5)],
     lambda a: [a.reshape(2, 23, 6)[:, :3].transpose(2, 0, 1)] + [
@@ -157,7 +161,8 @@ def test_import_and_export_give_back_every_bit(tmp_path, mesh_of, max_shard_byte
   with mesh_of(1):
     report = convert.import_directory(source, tmp_path / 'run')
     convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out', max_shard_bytes=max_shard_bytes)
-  assert (report.n_tensors, report.n_parameters, report.dtypes) == (len(tensors), sum(a.size for a in tensors.values()), ['bfloat16'])
+  assert report.n_tensors == len(tensors) and report.dtypes == ['bfloat16']
+  assert report.n_parameters == sum(a.size for a in tensors.values()) == report.n_bytes // 2
   out = contents(tmp_path / 'out')
   assert {name: a.tobytes() for name, a in out.items()} == {name: a.tobytes() for name, a in tensors.items()}
   assert json.loads((tmp_path / 'out' / 'config.json').read_text()) == LLAMA
@@ -222,7 +227,7 @@ def change(name, function):
    f'missing: {Q_PROJ}; not used: model.layers.1.self_attn.query.weight'),
   (lambda tensors: tensors.update({'model.layers.1.self_attn.q_proj.bias': np.zeros(24, BF16)}),
    'not used: model.layers.1.self_attn.q_proj.bias'),
-  (lambda tensors: tensors.update({f'x{i}': np.zeros(2, BF16) for i in range(30)}), r'not used: x0, x1, .*x8, .*and 18 more'),
+  (lambda tensors: tensors.update({f'x{i}': np.zeros(2, BF16) for i in range(30)}), r'not used: x0, x1, .*x8, .* 18 more'),
   (change(UP_PROJ, np.transpose), rf'of another shape: {UP_PROJ} \(16, 24\), where the config says \(24, 16\)'),
   (change(UP_PROJ, lambda a: a[:-1]), rf'of another shape: {UP_PROJ} \(23, 16\)'),
   (change(UP_PROJ, lambda a: a.astype(np.int32)), f'of a dtype that weights do not have: {UP_PROJ} int32'),
@@ -280,3 +285,105 @@ def test_a_workdir_or_directory_that_is_in_use_is_left_alone(tmp_path, mesh_of):
       convert.import_directory(source, source)
     with pytest.raises(FileExistsError, match='not an empty directory'):
       convert.export_directory(str(tmp_path / 'run'), source)
+
+
+# config.json.
+
+
+def test_a_key_that_nobody_knows_is_refused_unless_it_says_nothing():
+  keys = Keys({'a': 1, 'b': None, 'c': False, 'torch_dtype': 'bfloat16', 'bos_token_id': 3, 'd': 0.5, 'e': []})
+  assert keys.int('a') == 1
+  with pytest.raises(ValueError, match='nobody here knows d=0.5, which may'):
+    keys.done()
+  keys.inert('d')
+  keys.done()
+
+
+@pytest.mark.parametrize('config, says', [
+  ({'attention_sink_size': 4}, 'attention_sink_size=4'),
+  ({'hidden_size': None}, 'hidden_size is missing'), ({'hidden_size': '16'}, "hidden_size='16' must be int"),
+  ({'hidden_size': 16.0}, 'hidden_size=16.0 must be int'), ({'hidden_size': True}, 'hidden_size=True must be int'),
+  ({'num_attention_heads': 0}, 'num_attention_heads=0 must be from 1'), ({'hidden_size': -16}, 'hidden_size=-16 must be from 1'),
+  ({'num_hidden_layers': 10**9}, 'num_hidden_layers=1000000000 must be from 1 to 10000'),
+  ({'vocab_size': 10**12}, 'vocab_size=1000000000000 must be from 1'),
+  ({'num_key_value_heads': 3}, 'n_heads=4 is not a multiple of n_kv_heads=3'), ({'head_dim': 5}, 'even number'),
+  ({'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported"), ({'attention_bias': 'yes'}, 'attention_bias'),
+  ({'model_type': 'llama4'}, "model_type 'llama4' is of no family here; there are"), ({'model_type': None}, 'model_type is missing'),
+  ({'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, "rope_type='dynamic' is not supported"),
+  ({'rope_scaling': {'rope_type': 'linear', 'factor': 2.0, 'x': 1}}, 'rope_scaling: nobody here knows x=1'),
+  ({'rope_scaling': {'rope_type': 'linear'}}, 'rope_scaling: factor is missing'), ({'rope_scaling': 'linear'}, 'must be dict'),
+  ({'rope_scaling': {'type': 'linear', 'rope_type': 'yarn', 'factor': 2.0}}, "type='linear' is not supported; 'yarn' is"),
+  ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 100.0}}, 'rope_theta=100.0 contradicts 500.0'),
+  ({'rope_parameters': {'rope_type': 'linear', 'factor': 2.0}, 'rope_scaling': {'type': 'linear', 'factor': 4.0}}, 'contradict'),
+], ids=lambda value: '' if isinstance(value, str) else str(value)[:60])
+def test_a_config_that_cannot_be_honoured_is_refused_by_its_key(config, says):
+  with pytest.raises(ValueError, match=says):
+    families.read_config(LLAMA | config)
+
+
+def test_words_for_layers_are_checked():
+  keys = Keys({'layer_types': ['full', 'sliding']})
+  with pytest.raises(ValueError, match="layer_types has 'sliding'"):
+    keys.layer_types(2, ('full', 'chunked'))
+  with pytest.raises(ValueError, match='2 items, and 3'):
+    keys.layer_types(3, ('full', 'sliding'))
+
+
+LLAMA3 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
+YARN = {'factor': 40.0, 'original_max_position_embeddings': 4096}
+
+
+@pytest.mark.parametrize('scaling, expected', [
+  ({'rope_type': 'default'}, None),
+  ({'type': 'linear', 'factor': 8}, LinearScaling(factor=8.0)),
+  ({'rope_type': 'llama3', **LLAMA3}, Llama3Scaling(factor=8.0, original_length=8192)),
+  ({'rope_type': 'yarn', **YARN}, YarnScaling(factor=40.0, original_length=4096)),
+  ({'type': 'yarn', **YARN, 'beta_fast': 16, 'beta_slow': 2, 'truncate': False},
+   YarnScaling(factor=40.0, original_length=4096, fast_turns=16.0, slow_turns=2.0, truncate=False)),
+  ({'type': 'yarn', **YARN, 'mscale': 1.0, 'mscale_all_dim': 1.0}, YarnScaling(factor=40.0, original_length=4096, amplitude=1.0)),
+  ({'type': 'yarn', **YARN, 'mscale': 0.707}, YarnScaling(factor=40.0, original_length=4096)),
+  ({'type': 'yarn', **YARN, 'attention_factor': 1.2}, YarnScaling(factor=40.0, original_length=4096, amplitude=1.2)),
+  ({'type': 'yarn', **YARN, 'attention_factor': 0.1 * np.log(40) + 1}, YarnScaling(factor=40.0, original_length=4096)),
+  ({'type': 'yarn', 'factor': None, 'original_max_position_embeddings': 1024}, YarnScaling(factor=16.0, original_length=1024)),
+  ({'type': 'longrope', 'short_factor': [1, 1.5], 'long_factor': [2, 3.0], 'original_max_position_embeddings': 128},
+   LongRopeScaling(divisors=(1.0, 1.5), amplitude=(1 + np.log(128) / np.log(128)) ** 0.5)),
+], ids=str)
+def test_rotations_are_read_from_both_spellings_and_written_in_both(scaling, expected):
+  expected = RopeSpec(theta=500.0, fraction=0.5, scaling=expected)
+  rest = {'max_position_embeddings': 16384}
+  old = Keys(rest | {'rope_theta': 500.0, 'partial_rotary_factor': 0.5, 'rope_scaling': scaling})
+  new = Keys(rest | {'rope_parameters': {'rope_theta': 500.0, 'partial_rotary_factor': 0.5, **scaling}})
+  for keys in (old, new):
+    assert read_rope(keys, fraction=1.0) == expected
+    keys.done()
+    assert len(keys.notes) == (scaling.get('type') == 'longrope')
+  written = write_rope(expected)
+  for keys in (Keys(rest | written), Keys(rest | {'rope_parameters': written['rope_parameters']}),
+               Keys(rest | {key: value for key, value in written.items() if key != 'rope_parameters'})):
+    assert read_rope(keys, fraction=1.0) == expected
+
+
+@pytest.mark.parametrize('content, says', [
+  ('{"model_type": ', 'not JSON'), ('[1]', 'expected an object'), ('[' * 100_000, 'not JSON'), (None, 'is not there')])
+def test_a_config_that_is_no_json_is_refused(tmp_path, content, says):
+  if content is not None:
+    (tmp_path / 'config.json').write_text(content)
+  with pytest.raises((ValueError, FileNotFoundError), match=says):
+    convert.import_directory(tmp_path, tmp_path / 'run')
+
+
+# Models that were trained here.
+
+
+def test_quickstart_is_expressed_and_what_cannot_be_is_named():
+  model = quickstart.get_config().model
+  family, config = families.choose_family(model, None)
+  assert config['model_type'] == 'qwen3' and config['layer_types'] == ['sliding_attention'] * 3 + ['full_attention']
+  assert families.differences(model, families.read_config(config)[1]) == ["norm.cast=after (not before)"]
+  model.pattern[1].mixer.softcap, model.pattern[1].mixer.sinks = 50.0, True
+  with pytest.raises(ValueError, match=r'qwen3 cannot express layers\[1\].mixer.softcap=50.0 \(not None\), '):
+    families.write_config(family, model)
+  with pytest.raises(ValueError, match='no family can express this model: '):
+    families.choose_family(model, None)
+  with pytest.raises(ValueError, match='llama cannot express'):
+    families.choose_family(model, families.families()['llama'])

@@ -23,7 +23,7 @@ import tokenizers
 from data_pipeline.tokenizer import END_OF_TEXT
 from maxlm import typed_json
 from maxlm.checkpoint import Checkpoints, find, lineage, named_leaves
-from maxlm.hf.families import choose_family, families, family_of, read_config, write_config
+from maxlm.hf.families import choose_family, differences, families, family_of, name_of, read_config, write_config
 from maxlm.hf.mapping import Constant, Copy, Entry, Given, Layout, LeftOut, Tensor, choose
 from maxlm.hf.quantized import dequantized
 from maxlm.hf.tensors import Stored, ToWrite, open_directory, write_directory
@@ -133,7 +133,7 @@ def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
   meta = {'step': 0, 'model': typed_json.encode(model, DecoderConfig), 'lineage': lineage(), 'hf': {'config': config}}
   checkpoints.save(0, params=params, opt=None, meta=meta)
   checkpoints.close()
-  return Report(family=family.__name__.rpartition('.')[2], n_tensors=sum(len(b.layout.names) for b in bound),
+  return Report(family=name_of(family), n_tensors=sum(len(b.layout.names) for b in bound),
                 n_bytes=sum(stored[name].nbytes for b in bound for name in b.layout.names), notes=notes,
                 n_parameters=sum(leaf.size for leaf in params.values()), seconds=time.monotonic() - start,
                 dtypes=sorted({leaf.dtype.name for leaf in params.values()}))
@@ -281,7 +281,8 @@ def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family:
   config['dtype' if 'dtype' in config else 'torch_dtype'] = common
   (scratch / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
   scratch.replace(target)
-  return Report(family=module.__name__.rpartition('.')[2], n_tensors=len(tensors), notes=[],
+  notes = [f'in bfloat16 transformers rounds elsewhere: {text}' for text in differences(model, read_config(config)[1])]
+  return Report(family=name_of(module), n_tensors=len(tensors), notes=notes,
                 n_bytes=sum(t.nbytes for t in tensors), n_parameters=sum(leaf.size for leaf in params.values()),
                 dtypes=sorted({t.dtype.name for t in tensors}), seconds=time.monotonic() - start)
 

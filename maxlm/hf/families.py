@@ -48,24 +48,37 @@ def read_config(plain: dict[str, Any]) -> tuple[ModuleType, DecoderConfig, list[
 
 def write_config(family: ModuleType, model: DecoderConfig) -> dict[str, Any]:
   """The config.json of a model in that family. ValueError that names the fields which the family cannot express."""
-  config = family.write_config(model)
-  name = family.__name__.rpartition('.')[2]
-  _, again, _ = read_config({'max_position_embeddings': 2**20} | config)
-  if different := [path for path in differences(model, again) if path not in ROUNDING]:
+  config, different = _written(family, model)
+  if different:
     more = f' and {len(different) - 3} more' if len(different) > 3 else ''
-    raise ValueError(f'{name} cannot express {", ".join(different[:3])}{more}')
+    raise ValueError(f'{name_of(family)} cannot express {", ".join(different[:3])}{more}')
   return config
 
 
 def choose_family(model: DecoderConfig, first: ModuleType | None) -> tuple[ModuleType, dict[str, Any]]:
-  """(family, config.json): `first` if it can express the model, else any. ValueError with some reasons if none can."""
-  reasons = []
+  """(family, config.json): `first` if it can express the model, else any. ValueError with the nearest ones' reasons."""
+  fails = []
   for family in [first] * (first is not None) + list(families().values()):
     try:
-      return family, write_config(family, model)
-    except ValueError as error:
-      reasons.append(str(error))
-  raise ValueError(f'no family can express this model: {"; ".join(sorted(set(reasons), key=len)[:3])}')
+      config, different = _written(family, model)
+    except ValueError:
+      continue  # its layers are of other kinds
+    if not different:
+      return family, config
+    fails.append((len(different), f'{name_of(family)} cannot express {different[0]}'))
+  reasons = '; '.join(reason for _, reason in sorted(set(fails))[:3]) or 'none has layers of its kinds'
+  raise ValueError(f'no family can express this model: {reasons}')
+
+
+def name_of(family: ModuleType) -> str:
+  return family.__name__.rpartition('.')[2]
+
+
+def _written(family: ModuleType, model: DecoderConfig) -> tuple[dict[str, Any], list[str]]:
+  """(config.json, what a reader of it would make otherwise, roundings excepted)."""
+  config = family.write_config(model)
+  _, again, _ = read_config({'max_position_embeddings': 2**20} | config)
+  return config, [text for text in differences(model, again) if text.partition('=')[0] not in ROUNDING]
 
 
 def differences(model: DecoderConfig, other: DecoderConfig) -> list[str]:

@@ -1,8 +1,8 @@
 """Published weights of 8 and 4 bits, as the numbers they stand for. Nothing is written in these formats.
 
 fp8 (DeepSeek-V3, arXiv 2412.19437, section 3.3): `x.weight` in e4m3 and `x.weight_scale_inv`, a factor for each block of
-`weight_block_size` = [rows, columns]. mxfp4 (OCP Microscaling Formats v1.0; gpt-oss): `x_blocks` uint8 [E, rows, blocks, 16],
-two e2m1 numbers a byte, the low half first, and `x_scales` uint8 [E, rows, blocks], the exponent of two of each block.
+`weight_block_size` = [rows, columns]. mxfp4 (OCP Microscaling v1.0; gpt-oss): `x_blocks` uint8 [E, rows, blocks, 16], two
+e2m1 numbers a byte, the low half first, and `x_scales` uint8 [E, rows, blocks], the exponent of two of each block.
 """
 
 import dataclasses
@@ -75,10 +75,11 @@ def dequantized(stored: dict[str, Stored], config: dict[str, Any]) -> dict[str, 
   ValueError for another method, and for scales that do not go with their weights.
   """
   quantization = config.get('quantization_config') or {}
-  method = quantization.get('quant_method') if isinstance(quantization, dict) else quantization
+  if not isinstance(quantization, dict):
+    raise ValueError(f'config.json: quantization_config={quantization!r} is not an object')
   plain = dict(stored)
-  match method:
-    case None:
+  match method := quantization.get('quant_method'):
+    case None if not quantization:
       pass
     case 'fp8' if _is_pair(block := quantization.get('weight_block_size')):
       for name in [name for name in stored if name + '_scale_inv' in stored]:
@@ -106,5 +107,5 @@ def _is_pair(block) -> bool:
 
 def _check(name: str, weight: Stored, dtype: str, scale: Stored, scale_dtypes: tuple[str, ...], fits: bool) -> None:
   if not fits or weight.dtype.name != dtype or scale.dtype.name not in scale_dtypes:
-    raise ValueError(f'{name}: {weight.dtype.name} {weight.shape} with scales {scale.dtype.name} {scale.shape} is not of the '
-                     'format that quantization_config says')
+    raise ValueError(f'{name}: {weight.dtype.name} {weight.shape} with scales {scale.dtype.name} {scale.shape} is not what '
+                     'quantization_config says')
