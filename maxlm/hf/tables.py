@@ -5,9 +5,13 @@ does not have makes its entry say nothing (`maxlm.hf.mapping`). In a table of WE
 families that have it elsewhere: within('mixer.', 'mlp.', MLP_WEIGHTS).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from maxlm.hf.mapping import Copy, Either, Entry, Tensor, within
+from maxlm.hf.keys import FULL, SLIDING, Keys
+from maxlm.hf.mapping import Copy, Either, Entry, LeftOut, Tensor, within
+from maxlm.layers.attention import AttentionSpec
+from maxlm.layers.mlp import MlpSpec
 from maxlm.models.decoder import DecoderConfig, LayerSpec
 
 ATTENTION_WEIGHTS = (
@@ -48,6 +52,14 @@ PRE_NORMS = (
   Tensor('post_attention_layernorm.weight', 'D', 'mlp_pre_norm.scale_D'),
 )
 
+# Of Gemma; OLMo has the norms of what comes out alone.
+SANDWICH_NORMS = (
+  Tensor('input_layernorm.weight', 'D', 'mixer_pre_norm.scale_D'),
+  Tensor('post_attention_layernorm.weight', 'D', 'mixer_post_norm.scale_D'),
+  Tensor('pre_feedforward_layernorm.weight', 'D', 'mlp_pre_norm.scale_D'),
+  Tensor('post_feedforward_layernorm.weight', 'D', 'mlp_post_norm.scale_D'),
+)
+
 
 def embeddings(model: DecoderConfig, table: str = 'model.embed_tokens.weight',
                norm: str = 'model.norm.weight') -> Iterator[Entry]:
@@ -67,6 +79,47 @@ def layers(model: DecoderConfig, *tables: Iterable[Entry], theirs: str = 'model.
       yield from within(f'{theirs}{i}.', f'layers.{i}.', table)
 
 
+def beside_vision(entries: Iterable[Entry]) -> Iterator[Entry]:
+  """The entries of a text model; it may stand as `language_model.` in one that also sees, whose other tensors are left out."""
+  entries = tuple(entries)
+  yield Either(entries, within('language_model.', '', entries))
+  yield LeftOut(r'(vision_tower|multi_modal_projector)\..*', 'the text model alone is imported')
+
+
+def read_text(keys: Keys, read: Callable[[Keys], DecoderConfig]) -> DecoderConfig:
+  """Reads the config of the text model in that of one that also sees. How it sees is not looked at."""
+  keys.inert('vision_config', 'projector_hidden_act', 'vision_feature_layer', 'multimodal_projector_bias',
+             'spatial_merge_size', 'mm_tokens_per_image', 'image_token_index', 'boi_token_index', 'eoi_token_index')
+  tied = keys.bool('tie_word_embeddings', None)
+  text = Keys({'tie_word_embeddings': tied} | keys.dict('text_config'), f'{keys.where}: text_config')
+  model = read(text)
+  text.done()
+  keys.notes.extend(text.notes)
+  return model
+
+
+def window_kinds(keys: Keys, default: list[str], window: int | None) -> list[str]:
+  """FULL or SLIDING for each layer, as `layer_types` says or else the default. ValueError if one slides without a window."""
+  kinds = keys.layer_types(len(default), (FULL, SLIDING), default)
+  if window is None and SLIDING in kinds:
+    raise ValueError(f'{keys.where}: sliding_window is null, and there are layers of {SLIDING}')
+  return kinds
+
+
+def window_keys(attentions: list[AttentionSpec]) -> dict[str, Any]:
+  """The keys that say which layers have windows, and how long these are."""
+  return {'layer_types': [FULL if a.window is None else SLIDING for a in attentions],
+          'sliding_window': next((a.window for a in attentions if a.window is not None), None)}
+
+
+def size_keys(model: DecoderConfig, attention: AttentionSpec, mlp: MlpSpec) -> dict[str, Any]:
+  """The keys that nearly all families have by the same names."""
+  return {
+    'vocab_size': model.vocab_size, 'hidden_size': model.d_model, 'num_hidden_layers': model.n_layers,
+    'num_attention_heads': attention.n_heads, 'num_key_value_heads': attention.n_kv_heads, 'head_dim': attention.head_dim,
+    'intermediate_size': mlp.d_ff, 'rms_norm_eps': model.norm.eps, 'tie_word_embeddings': model.tied_embeddings}
+
+
 def specs(model: DecoderConfig, part: str, kind: type) -> list:
   """The mixer or mlp of every layer. ValueError unless all are of the one kind that the family has."""
   found = [getattr(layer, part) for layer in model.layers]
@@ -74,6 +127,11 @@ def specs(model: DecoderConfig, part: str, kind: type) -> list:
     if type(spec) is not kind:
       raise ValueError(f'{part} of layer {i} is {type(spec).__name__}, not {kind.__name__}')
   return found
+
+
+def first(model: DecoderConfig, part: str, kind: type):
+  """The first mixer or mlp of that kind; None if no layer has one."""
+  return next((spec for layer in model.layers if type(spec := getattr(layer, part)) is kind), None)
 
 
 def pattern(layers: list[LayerSpec]) -> tuple[LayerSpec, ...]:
