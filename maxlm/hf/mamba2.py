@@ -18,8 +18,8 @@ MAMBA2_WEIGHTS = (
   Tensor('in_proj.weight', '(NH|NH|KQ|KQ|N) D', 'w_z_DNH | w_x_DNH | w_b_DKQ | w_c_DKQ | w_dt_DN'),
   Tensor('conv1d.weight', '(NH|KQ|KQ) 1 W', 'conv_x_WNH | conv_b_WKQ | conv_c_WKQ'),
   Tensor('conv1d.bias', '(NH|KQ|KQ)', 'b_conv_x_NH | b_conv_b_KQ | b_conv_c_KQ'),
-  Tensor('dt_bias', 'N', 'dt_bias_N'),
-  Tensor('A_log', 'N', 'a_log_N'),
+  Tensor('dt_bias', 'N', 'dt_bias_N', fp32=True),
+  Tensor('A_log', 'N', 'a_log_N', fp32=True),
   Tensor('D', 'N', 'skip_N'),
   Tensor('norm.weight', 'NH', 'norm_scale_NH'),
   Tensor('out_proj.weight', 'D NH', 'w_o_NHD'),
@@ -33,8 +33,8 @@ def read_config(keys: Keys) -> DecoderConfig:
     raise ValueError(f'{keys.where}: expand * hidden_size must be num_heads * head_dim, {n_heads * head_dim}')
   keys.fixed('hidden_act', 'silu')
   keys.fixed('use_bias', False)
-  keys.inert('chunk_size', 'residual_in_fp32', 'rescale_prenorm_residual', 'time_step_rank', 'time_step_min', 'time_step_max',
-             'time_step_floor', 'layer_types')
+  keys.inert('chunk_size', 'residual_in_fp32', 'rescale_prenorm_residual', 'time_step_rank', 'time_step_min',
+             'time_step_max', 'time_step_floor', 'layer_types')
   mixer = Mamba2Spec(
     n_heads=n_heads, head_dim=head_dim, state_dim=keys.size('state_size', 128), n_groups=keys.size('n_groups', 8),
     conv_width=keys.size('conv_kernel', 4), conv_bias=keys.bool('use_conv_bias', True), **time_step_limit(keys))
