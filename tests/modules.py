@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from maxlm.checkpoint import named_leaves
 from maxlm.layers.norm import NormSpec
 from maxlm.sharding import spec as shard
 
@@ -22,18 +23,18 @@ def perturbed(spec, d_model: int, seed: int = 0, noise: float = 0.1) -> nnx.Modu
   return jax.jit(draw)(jax.random.key(seed))
 
 
-def values_and_gradients(apply, module: nnx.Module, x: np.ndarray, *rest) -> dict[str, np.ndarray]:
-  """y = apply(module, x, *rest), and by x and each weight the gradients of the sum of y's products with random numbers."""
-  w = np.random.default_rng(7).normal(size=x.shape).astype(np.float32)
+def values_and_gradients(apply, module: nnx.Module, x: np.ndarray, *rest, factors=None) -> dict[str, np.ndarray]:
+  """y = apply(module, x, *rest), and by x and each weight the gradients of the sum of y * factors (None: random ones)."""
+  factors = np.random.default_rng(7).normal(size=x.shape).astype(np.float32) if factors is None else factors
 
   def loss(module, x, *rest):
     y = apply(module, x, *rest)
-    return jnp.sum(y.astype(jnp.float32) * jax.device_put(w, shard('BTD'))), y
+    return jnp.sum(y.astype(jnp.float32) * jax.device_put(factors, shard('BTD'))), y
 
   run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
   (_, y), (by_weights, by_x) = run(module, jax.device_put(x, shard('BTD')), *rest)
-  named = {jax.tree_util.keystr(path): g for path, g in jax.tree_util.tree_leaves_with_path(by_weights)}
-  return {name: np.asarray(value, np.float32) for name, value in {'y': y, 'x': by_x, **named}.items()}
+  named = {'y': y, 'x': by_x} | named_leaves(by_weights)
+  return {name: np.asarray(value, np.float32) for name, value in named.items()}
 
 
 def assert_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float, without_gradient=()) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.checkpoint import named_leaves
 from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.moe import MoeSpec, every_expert, route, router_logits
 from maxlm.optim import decayed
@@ -31,7 +32,7 @@ SPECS = {
                           shared=MlpSpec(d_ff=32, bias=True, out_scale=1.3), router_bias=True, select_bias=True,
                           groups=2, groups_kept=1, normalise=False, scale=1.5),
 }
-NO_GRADIENT = 'select_bias_E.value',
+NO_GRADIENT = 'select_bias_E',
 every_spec = pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
 
 
@@ -58,8 +59,7 @@ def route_by_definition(spec, logits, bias):
 
 def by_definition(spec, moe, x):
   """The layer in float64, a token at a time."""
-  w = {jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): np.asarray(leaf, np.float64)
-       for path, leaf in jax.tree_util.tree_leaves_with_path(moe)}
+  w = {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(moe).items()}
   expert = lambda e: {f'{name[:-len(dims)]}{dims[1:]}': w[name][e] for name, dims in (
     (name, name.rsplit('_', 1)[1]) for name in w) if len(dims) > 1 and dims[0] == 'E'}
   y = np.zeros(x.shape)
@@ -111,7 +111,7 @@ def test_one_expert_may_get_all_tokens_and_the_others_none(mesh_of, k):
     moe.select_bias_E[...] = 100.0 * (jnp.arange(8) == 5)
     actual = values_and_gradients(apply(spec), moe, example())
     assert_close(actual, values_and_gradients(apply(spec, every_expert), moe, example()), 2e-6, NO_GRADIENT)
-  used = np.abs(actual['.w_up_EDF.value']).max(axis=(1, 2)) > 0
+  used = np.abs(actual['w_up_EDF']).max(axis=(1, 2)) > 0
   assert used[5] and (used.sum() == 1) == (k == 1)
   expected = by_definition(spec, moe, example().astype(np.float64))
   np.testing.assert_allclose(actual['y'], expected, atol=2e-6 * np.abs(expected).max(), rtol=0)
@@ -131,7 +131,7 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh_of, name, 
 @pytest.mark.parametrize('groups, kept', [(1, 1), (2, 1), (4, 2), (4, 4), (8, 3)])
 @pytest.mark.parametrize('score', ['softmax', 'sigmoid'])
 def test_experts_are_selected_from_the_best_groups_and_weighted_without_the_bias(groups, kept, score):
-  spec = MoeSpec(n_experts=16, k=4, experts=SWIGLU, score=score, select_bias=True, groups=groups, groups_kept=kept, scale=1.7)
+  spec = MoeSpec(n_experts=16, k=4, experts=SWIGLU, score=score, select_bias=True, groups=groups, groups_kept=kept, scale=2.)
   rng = np.random.default_rng(0)
   logits, bias = rng.normal(size=(50, 16)).astype(np.float32), rng.normal(size=16).astype(np.float32)
   weights, experts, scores = jax.jit(lambda *a: route(spec, *a))(logits, bias)
@@ -184,21 +184,20 @@ def test_in_bf16_the_router_is_fp32_of_full_precision(mesh_of):
   assert_close(values, expected, 0.03, NO_GRADIENT)
 
 
-def test_select_bias_has_no_weight_decay_and_matrices_of_experts_have(mesh_of):
+def test_matrices_decay_and_biases_do_not(mesh_of):
   with mesh_of(1):
-    mask = decayed(perturbed(SPECS['every switch'], D))
-  named = {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(mask)}
-  assert {name for name, value in named.items() if value} == {name for name in named if '.w_' in name}
-  assert not named['.select_bias_E.value'] and not named['.b_down_ED.value'] and named['.w_up_EDF.value']
+    mask = decayed(named_leaves(perturbed(SPECS['every switch'], D)))
+  assert sorted(name for name, decays in mask.items() if not decays) == [
+    'b_down_ED', 'b_gate_EF', 'b_router_E', 'b_up_EF', 'select_bias_E', *(f'shared.b_{x}' for x in ('down_D', 'gate_F', 'up_F'))]
 
 
 @every_spec
 def test_matmul_params_are_the_matrices_that_a_token_meets(mesh_of, spec):
   with mesh_of(1):
     moe = perturbed(spec, D)
-  sizes = {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(moe)}
-  of_experts = sum(size for name, size in sizes.items() if '.w_' in name and '_E' in name)
-  others = sum(size for name, size in sizes.items() if '.w_' in name and '_E' not in name)
+  sizes = {name: leaf.size for name, leaf in named_leaves(moe).items() if 'w_' in name}
+  of_experts = sum(size for name, size in sizes.items() if '_E' in name)
+  others = sum(sizes.values()) - of_experts
   assert spec.matmul_params(D) == others + of_experts * spec.k // spec.n_experts
 
 
