@@ -230,7 +230,7 @@ def on_devices(leaf: jax.ShapeDtypeStruct, dtype, sources: list) -> jax.Array:
       if row is None:
         fill_row(part, index)
       elif index[0].start <= row < index[0].stop:
-        fill_row(part[row - index[0].start], index[1:])
+        fill_row(part[row - index[0].start, ...], index[1:])
     arrays += [jax.device_put(part, device) for device in devices]
   return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 

@@ -12,6 +12,8 @@ from typing import Any
 REQUIRED: Any = object()  # no default: the key must be there
 SAME: Any = object()  # null means what a missing key means
 
+FULL, SLIDING, LINEAR = 'full_attention', 'sliding_attention', 'linear_attention'  # words of layer_types
+
 ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu', 'gelu_new': 'gelu', 'relu2': 'relu2',
                'xielu': 'xielu'}
 

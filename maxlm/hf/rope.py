@@ -7,15 +7,15 @@ transformers 5 writes one object `rope_parameters` (or one a kind of layer); pub
 import math
 from typing import Any
 
-from maxlm.hf.keys import Keys
+from maxlm.hf.keys import FULL, SLIDING, Keys
 from maxlm.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 
 
-def read_rope(keys: Keys, *, theta: float = 10_000.0, fraction: float = 1.0, interleaved: bool = False,
+def read_rope(keys: Keys, *, theta: float = 10_000.0, fraction: float | None = None, interleaved: bool = False,
               besides: tuple[str, ...] = ()) -> RopeSpec:
-  """The one RopeSpec of a config; theta and fraction where it does not say. besides: keys of `rope_parameters` that the
-  family reads itself."""
-  theta, fraction = keys.float('rope_theta', theta), keys.float('partial_rotary_factor', fraction)
+  """The one RopeSpec of a config; theta and fraction where it does not say. fraction None: the family's heads are rotated
+  whole, and a config that says otherwise is refused. besides: keys of `rope_parameters` that the family reads itself."""
+  theta, fraction = keys.float('rope_theta', theta), _fraction(keys, fraction)
   found = []
   for key in ('rope_parameters', 'rope_scaling'):
     if keys.dict(key, None):
@@ -24,30 +24,38 @@ def read_rope(keys: Keys, *, theta: float = 10_000.0, fraction: float = 1.0, int
       found.append(_read(keys, inner, theta, fraction, interleaved))
   if len(found) == 2 and found[0] != found[1]:
     raise ValueError(f'{keys.where}: rope_parameters and rope_scaling contradict each other')
-  return found[0] if found else RopeSpec(theta=theta, fraction=fraction, interleaved=interleaved)
+  return found[0] if found else _read(keys, Keys({}), theta, fraction, interleaved)
 
 
-def read_ropes(keys: Keys, kinds: tuple[str, ...], *, theta: float = 10_000.0, fraction: float = 1.0,
-               interleaved: bool = False) -> dict[str, RopeSpec | None] | None:
-  """{'full_attention': RopeSpec, …} of a `rope_parameters` with an object (or null) for each kind; None if it is not of
-  that form, and then nothing is taken."""
-  nested = keys.plain.get('rope_parameters')
-  if not isinstance(nested, dict) or not set(nested) & set(kinds):
-    return None
-  theta, fraction = keys.float('rope_theta', theta), keys.float('partial_rotary_factor', fraction)
-  inner = keys.inner('rope_parameters')
-  ropes = {kind: _read(keys, inner.inner(kind), theta, fraction, interleaved) if inner.dict(kind, None) else None
-           for kind in kinds}
-  inner.done()
+def read_ropes(keys: Keys, *, theta: float, local: tuple[str, float]) -> dict[str, RopeSpec]:
+  """The RopeSpecs of full and of sliding attention, from an object for each in `rope_parameters`. Published configs say it
+  with `rope_theta` and `rope_scaling` for full attention, and with the key `local` for the other's theta. theta, local[1]:
+  where nothing says."""
+  thetas = {FULL: keys.float('rope_theta', theta), SLIDING: keys.float(*local)}
+  nested, ropes = Keys(keys.dict('rope_parameters', {}), f'{keys.where}: rope_parameters'), {}
+  for kind, theta in thetas.items():
+    scaling = keys.dict('rope_scaling', {}) if kind == FULL else {}
+    inner = Keys({'rope_theta': theta} | nested.dict(kind, {}) | scaling, f'{nested.where}: {kind}')
+    inner.fixed('truncate', True)  # transformers does not look for it here
+    ropes[kind] = _read(keys, inner, inner.float('rope_theta'), None, False)
+  nested.done()
   return ropes
 
 
-def write_rope(rope: RopeSpec) -> dict[str, Any]:
-  """The keys of config.json that `read_rope` understands, in both spellings."""
+def write_rope(rope: RopeSpec | None) -> dict[str, Any]:
+  """The keys of config.json that `read_rope` understands, in both spellings. ValueError if there is no rope."""
+  if rope is None:
+    raise ValueError('its layers have rotary positions')
   parameters = rope_parameters(rope)
   scaling = {key: value for key, value in parameters.items() if key not in ('rope_theta', 'partial_rotary_factor')}
   keys = {'rope_parameters': parameters, 'rope_theta': rope.theta, 'rope_scaling': scaling if rope.scaling else None}
   return keys | ({'partial_rotary_factor': rope.fraction} if rope.fraction != 1.0 else {})
+
+
+def write_ropes(ropes: dict[str, RopeSpec | None]) -> dict[str, Any]:
+  """The keys that `read_ropes` understands but for `local`. ValueError if one has no rope."""
+  keys = {kind: write_rope(rope) for kind, rope in ropes.items()}
+  return keys[FULL] | {'rope_parameters': {kind: written['rope_parameters'] for kind, written in keys.items()}}
 
 
 def rope_parameters(rope: RopeSpec) -> dict[str, Any]:
@@ -76,10 +84,18 @@ def yarn_amplitude(factor: float, mscale: float = 1.0) -> float:
   return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _read(keys: Keys, inner: Keys, theta: float, fraction: float, interleaved: bool) -> RopeSpec:
+def _fraction(keys: Keys, default: float | None) -> float | None:
+  """partial_rotary_factor. Where the default is None transformers does not look for it, so there is none but 1."""
+  if default is None:
+    return keys.fixed('partial_rotary_factor', 1.0)
+  return keys.float('partial_rotary_factor', default)
+
+
+def _read(keys: Keys, inner: Keys, theta: float, fraction: float | None, interleaved: bool) -> RopeSpec:
   kind = inner.str('rope_type', None) or inner.str('type', 'default')
   inner.fixed('type', kind)  # some have both
-  spec = RopeSpec(theta=inner.float('rope_theta', theta), fraction=inner.float('partial_rotary_factor', fraction),
+  fraction = _fraction(inner, fraction)
+  spec = RopeSpec(theta=inner.float('rope_theta', theta), fraction=1.0 if fraction is None else fraction,
                   interleaved=interleaved)
   if 'rope_theta' in keys.plain and spec.theta != theta:
     raise ValueError(f'{inner.where}: rope_theta={spec.theta} contradicts {theta} beside it')

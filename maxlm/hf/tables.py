@@ -80,7 +80,7 @@ def layers(model: DecoderConfig, *tables: Iterable[Entry], theirs: str = 'model.
 
 
 def beside_vision(entries: Iterable[Entry]) -> Iterator[Entry]:
-  """The entries of a text model; it may stand as `language_model.` in one that also sees, whose other tensors are left out."""
+  """The entries of a text model, which may be `language_model.` in one that also sees; the rest of that is left out."""
   entries = tuple(entries)
   yield Either(entries, within('language_model.', '', entries))
   yield LeftOut(r'(vision_tower|multi_modal_projector)\..*', 'the text model alone is imported')
