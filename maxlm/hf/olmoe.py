@@ -35,8 +35,6 @@ def read_config(keys: Keys) -> DecoderConfig:
 
 def write_config(model: DecoderConfig) -> dict[str, Any]:
   attention, moe = specs(model, 'mixer', AttentionSpec)[0], specs(model, 'mlp', MoeSpec)[0]
-  if attention.rope is None:
-    raise ValueError('its layers have rotary positions')
   return {
     'model_type': 'olmoe', 'architectures': ['OlmoeForCausalLM'], 'vocab_size': model.vocab_size,
     'hidden_size': model.d_model, 'num_hidden_layers': model.n_layers, 'num_attention_heads': attention.n_heads,

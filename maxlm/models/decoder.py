@@ -20,6 +20,7 @@ from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.delta import DeltaSpec
 from maxlm.layers.lightning import LightningSpec
 from maxlm.layers.mamba2 import Mamba2Spec
+from maxlm.layers.mla import MlaSpec
 from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.moe import MoeSpec
 from maxlm.layers.norm import Norm, NormSpec
@@ -29,7 +30,7 @@ from maxlm.layers.rope import RopeSpec, rope_table
 from maxlm.layers.rows import Past, Rows, rope_key
 from maxlm.sharding import spec as shard
 
-Mixer = AttentionSpec | Mamba2Spec | DeltaSpec | LightningSpec | ParallelSpec
+Mixer = AttentionSpec | MlaSpec | Mamba2Spec | DeltaSpec | LightningSpec | ParallelSpec
 FeedForward = MlpSpec | MoeSpec
 
 
@@ -266,6 +267,9 @@ def attentions(mixer: Mixer | None) -> list[AttentionSpec]:
 
 def ropes(mixer: Mixer | None) -> list[tuple[RopeSpec, int]]:
   """The rotations a mixer uses, with the dims of a head that each is for."""
+  match mixer:
+    case MlaSpec(rope=RopeSpec()):
+      return [(mixer.rope, mixer.rope_dim)]
   return [(attention.rope, attention.head_dim) for attention in attentions(mixer) if attention.rope is not None]
 
 
