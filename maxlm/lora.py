@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxlm.checkpoint import named_leaves
+from maxlm.checkpoint import named_leaves, with_leaves
 from maxlm.layers.param import constant, normal
 from maxlm.models.decoder import Decoder
 from maxlm.ops.einsum import Adapted, column_lengths, in_and_out
@@ -117,6 +117,13 @@ def merge(params: Decoder) -> Decoder:
 def adapters(params: Decoder) -> dict[str, jax.Array]:
   """The leaves that training changes and a checkpoint holds, by name."""
   return {name: leaf for name, leaf in named_leaves(params).items() if is_adapter(name)}
+
+
+def assemble(like: Decoder, base: Decoder, trained: dict[str, jax.Array]) -> Decoder:
+  """A model with adapters from one without and their leaves. like: of its structure."""
+  whole = named_leaves(base)
+  return with_leaves(like, {name: trained[name] if is_adapter(name) else whole[name.removesuffix('.base')]
+                            for name in named_leaves(like)})
 
 
 def _place(params: Decoder, name: str) -> tuple[nnx.Module, str]:

@@ -38,6 +38,8 @@ class OptimConfig:
     if self.warmup_tokens + decay > total_tokens:
       raise ValueError(f'optim: warmup_tokens={self.warmup_tokens} + decay_tokens={decay} is more than the '
                        f'{total_tokens} tokens of the run')
+    if self.freeze_layers < 0:
+      raise ValueError(f'optim.freeze_layers={self.freeze_layers} must be 0 or more')
     if self.schedule != 'wsd' and self.decay_tokens:
       raise ValueError(f'optim.decay_tokens={self.decay_tokens} has no meaning for schedule={self.schedule!r}, which '
                        'decays from the end of the warm-up: set it to 0')

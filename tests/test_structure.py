@@ -32,6 +32,8 @@ LAYERS = (
   ('step',),
   ('evals',),
   ('config', 'stages'),
+  ('restore', 'summary'),
+  ('start',),
   ('train',),
 )
 WITHIN_A_LAYER = {('metrics', 'flops'), ('config', 'stages')}  # the first may import the second

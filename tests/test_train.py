@@ -308,7 +308,7 @@ def test_sigterm_is_acted_on_wherever_the_loop_is(short_run, corpus, tmp_path, m
   with monkeypatch.context() as patch:
     if place == 'waiting for data':
       patch.setattr(train, 'train_batches', hang_after(saved_at))
-    name, call = {'evaluating': ('evaluate', 2), 'evaluating at the end': ('evaluate', 3)}.get(place, ('generate', 1))
+    name, call = {'evaluating': ('evaluate', 2), 'evaluating at the end': ('evaluate', 3)}.get(place, ('sample', 1))
     with stopping(patch, name, call):
       assert train.run(short_config(corpus), tmp_path / 'run') == train.EXIT_PREEMPTED
   assert Checkpoints(tmp_path / 'run' / 'checkpoints').latest() == saved_at

@@ -1,0 +1,234 @@
+"""How a run begins: from fresh weights, from those of another run, or where it was left.
+
+A run belongs to its workdir. The first time, `init_from` names the model that it starts from, and a config without an
+architecture takes that model's. From then on its own checkpoints have all that it needs, but for the weights under the
+adapters of LoRA, which stay where they are.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data_pipeline import loader, shards
+from maxlm import lora, typed_json
+from maxlm.checkpoint import Checkpoints, find, lineage, parse
+from maxlm.config import Experiment, describe
+from maxlm.models.decoder import Decoder, DecoderConfig
+from maxlm.restore import COMPANIONS, base_of, load_params, model_of
+from maxlm.step import StepConfig, TrainState, begin, init_state
+
+OF_THE_WORKDIR = ('model.', 'data.', 'seed', 'init_', 'lora', 'optim.freeze')  # keys that a rerun may not change
+MAY_MOVE = ('data.corpus', 'data.recipe')
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Parent:
+  """The checkpoint that a run starts from. meta: what was saved with it."""
+
+  checkpoints: Checkpoints
+  step: int
+  meta: dict[str, Any]
+
+  @property
+  def workdir(self) -> Path:
+    return Path(self.checkpoints.directory).parent
+
+
+def settle(config: Experiment, workdir: Path) -> tuple[Experiment, Parent | None]:
+  """The config with its architecture; and, for a run that has not begun and has one, the parent.
+
+  ValueError or FileNotFoundError, in one line, where there is no such model.
+  """
+  own, parent = Checkpoints(workdir / 'checkpoints'), None
+  if (step := own.latest()) is not None:
+    model = model_of(own.meta(step))
+  elif config.init_from:
+    parent = find_parent(config.init_from, workdir)
+    model = model_of(parent.meta)
+  elif config.model is not None:
+    return config, None
+  else:
+    raise ValueError('this config has no model of its own: name the run it starts from, --config.init_from=WORKDIR')
+  if config.model is None:
+    config = dataclasses.replace(config, model=model)
+  elif parent is not None:
+    for name, before, after in differences(model, config.model, DecoderConfig):
+      say(f'changed  model.{name}: {before} -> {after}')
+  return config, parent
+
+
+def find_parent(init_from: str, workdir: Path) -> Parent:
+  """The checkpoint of WORKDIR, WORKDIR@STEP, or of a Hugging Face directory, which is imported into `workdir` first."""
+  named, step = parse(init_from)
+  folder = Path(named)
+  if not folder.is_dir():
+    near = difflib.get_close_matches(folder.name, os.listdir(folder.parent) if folder.parent.is_dir() else [], n=1)
+    hint = f'; did you mean {folder.with_name(near[0])}?' if near else ': name the workdir of a run, or a Hugging Face model'
+    raise FileNotFoundError(f'--config.init_from={init_from}: there is no such directory{hint}')
+  config = folder / 'config.json'
+  if not (folder / 'checkpoints').exists() and config.is_file() and '"model_type"' in config.read_text(encoding='utf-8'):
+    folder, step = imported(folder, workdir / 'imported'), None
+  checkpoints, step = find(f'{folder}' if step is None else f'{folder}@{step}')
+  return Parent(checkpoints=checkpoints, step=step, meta=checkpoints.meta(step))
+
+
+def imported(source: Path, target: Path) -> Path:
+  """Makes the workdir `target` of a Hugging Face model, once; in a process of its own, for the core knows no formats."""
+  command = ['-m', 'maxlm.hf', 'import', str(source), str(target)]
+  if not Checkpoints(target / 'checkpoints').steps():
+    if jax.process_count() > 1:
+      raise ValueError(f'{source} is a Hugging Face model: import it first, python {" ".join(command)}, and name {target}')
+    say(f'import   {source} into {target}')
+    if subprocess.run(['env', 'JAX_PLATFORMS=cpu', sys.executable, *command], check=False).returncode:
+      raise ValueError(f'{source} was not imported: see the lines above; again with: python {" ".join(command)}')
+  return target
+
+
+def open_corpus(config: Experiment, model: Path | None) -> loader.Corpus:
+  """The corpus, built first if it is not there and the config names a recipe.
+
+  model: workdir of the model whose tokenizer the corpus must have; None: any will do.
+  """
+  directory, seq_len = config.data.corpus, config.data.seq_len
+  command = ['-m', 'data_pipeline.build', f'--recipe={config.data.recipe or "…"}', f'--out={directory}',
+             f'--seq_lens={seq_len}', *([f'--tokenizer={model}'] if model else [])]
+  if config.data.recipe and not (Path(directory) / 'manifest.json').exists():
+    say(f'corpus   {directory} is not there: building it with recipe {config.data.recipe!r}')
+    if subprocess.run([sys.executable, *command], check=False).returncode:
+      raise ValueError(f'the corpus was not built: see the lines above; again with: python {" ".join(command)}')
+  corpus = loader.open_corpus(directory, seq_len)
+  if model and shards.sha256_file(model / 'tokenizer.json') != corpus.tokenizer_sha256:
+    raise ValueError(f'the corpus in {directory} was made with another tokenizer than the model in {model}: name another '
+                     f'--config.data.corpus, or build this one again: python {" ".join(command)}')
+  if corpus.vocab_size > config.model.vocab_size:
+    raise ValueError(f'the corpus in {directory} has {corpus.vocab_size} tokens, more than model.vocab_size='
+                     f'{config.model.vocab_size}: set --config.model.vocab_size to {corpus.vocab_size} or more')
+  return corpus
+
+
+def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, checkpoints: Checkpoints,
+                    corpus: loader.Corpus, parent: Parent | None) -> tuple[TrainState, dict[str, Any]]:
+  """The state of the newest checkpoint, or that before the first step, and what is saved beside it.
+
+  ValueError where the workdir or the parent is of another kind than the config.
+  """
+  key = jax.random.key(config.seed)
+  like = jax.eval_shape(functools.partial(init_state, step_config), key)
+  say(describe(config, jax.default_backend(), sum(w.size for w in jax.tree.leaves(like.params))))
+  meta = {'config': typed_json.encode(config, Experiment), 'tokenizer': corpus.tokenizer_sha256}
+  step = checkpoints.latest()
+  if step is None and parent is None:
+    return jax.jit(functools.partial(init_state, step_config))(key), {**meta, 'lineage': lineage()}
+  if step is None:
+    say(f'start    from step {parent.step:,} of {parent.workdir}')
+    return from_parent(config, step_config, parent, like, key), {**meta, **inheritance(parent, workdir)}
+  saved = checkpoints.meta(step)
+  check_same_run(workdir, saved['config'], config)
+  if saved['tokenizer'] != meta['tokenizer']:
+    raise ValueError(f'{workdir} was begun with another tokenizer than that of {corpus.directory}: '
+                     'give a new --workdir, or the old --config.data.corpus')
+  if step > config.n_steps:
+    raise ValueError(f'{workdir} is at step {step:,}, past the {config.n_steps:,} steps of this config: '
+                     'raise --config.tokens')
+  params, opt = checkpoints.restore(step, what_is_saved(like.params), like.opt)
+  if config.lora is not None:
+    params = lora.assemble(like.params, load_params(*base_of(checkpoints, saved)), params)
+  say(f'resumed  at step {step:,} from {workdir}')
+  return TrainState(step=jax.device_put(np.int32(step), jax.P()), params=params, opt=opt), {**saved, **meta}
+
+
+def from_parent(config: Experiment, step_config: StepConfig, parent: Parent, like: TrainState, key: jax.Array) -> TrainState:
+  """The state before the first step, with the parent's weights, and its optimizer state if that is asked for."""
+  if config.init_optimizer:
+    try:
+      _, opt = parent.checkpoints.restore(parent.step, like.params, like.opt)
+    except ValueError as error:
+      raise ValueError(f'init_optimizer=True goes on with the state of the same trained weights: {error}') from error
+  params = load_params(parent.checkpoints, parent.step, config.model)
+  state = jax.jit(functools.partial(begin, step_config), donate_argnums=0)(params, key)
+  return dataclasses.replace(state, opt=opt) if config.init_optimizer else state
+
+
+def inheritance(parent: Parent, workdir: Path) -> dict[str, Any]:
+  """What a run's meta has of its parent: the lineage, and the Hugging Face config of an imported model."""
+  where = {'path': str(parent.workdir.absolute()), 'from_here': os.path.relpath(parent.workdir, workdir)}
+  of_parent = {'run': parent.meta['lineage']['run'], 'step': parent.step, **where}
+  return {'lineage': lineage(of_parent), **({'hf': parent.meta['hf']} if 'hf' in parent.meta else {})}
+
+
+def what_is_saved(params: Decoder) -> Any:
+  """What of the parameters a checkpoint holds: the adapters, if there are any, for the rest does not change."""
+  return lora.adapters(params) or params
+
+
+def write_description(config: Experiment, workdir: Path, corpus: loader.Corpus, parent: Parent | None) -> None:
+  """Writes what makes the workdir all that using the model needs: config, tokenizer, and what else belongs to it."""
+  with writing_to(workdir):
+    for name in COMPANIONS if parent else ():
+      if (parent.workdir / name).is_file():
+        shutil.copyfile(parent.workdir / name, workdir / name)
+    if corpus.chat_template is not None:
+      write_atomically(workdir / 'chat_template.jinja', corpus.chat_template)
+    write_atomically(workdir / 'tokenizer.json', corpus.tokenizer_path.read_text(encoding='utf-8'))
+    write_atomically(workdir / 'config.json', typed_json.dumps(config))
+
+
+def check_same_run(workdir: Path, saved: dict, config: Experiment) -> None:
+  """ValueError where what belongs to a workdir is not as in its saved config (JSON); says what else has changed."""
+  for name, before, after in differences(saved, config, Experiment):
+    if name.startswith(OF_THE_WORKDIR) and name not in MAY_MOVE:
+      raise ValueError(f'{workdir} was begun with {name}={before} and this config has {after}: '
+                       'give a new --workdir, or set it back')
+    say(f'changed  {name}: {before} -> {after}')
+
+
+def differences(before, after, cls: type) -> list[tuple[str, Any, Any]]:
+  """(key, value before, value after) of each leaf in which two instances of `cls`, or the JSON of such, differ."""
+  old, new = (typed_json.flat(tree if isinstance(tree, dict) else typed_json.encode(tree, cls)) for tree in (before, after))
+  return [(name, old.get(name, 'absent'), new.get(name, 'absent')) for name in sorted(old.keys() | new.keys())
+          if old.get(name, 'absent') != new.get(name, 'absent')]
+
+
+def is_done(workdir: Path, config: Experiment) -> bool:
+  """Whether the run has ended with as many steps as are asked for. ValueError if it was another run."""
+  done = workdir / 'DONE'
+  if not done.exists() or json.loads(done.read_text())['steps'] < config.n_steps:
+    return False
+  check_same_run(workdir, json.loads((workdir / 'config.json').read_text()), config)
+  return True
+
+
+# -- small things
+
+
+@contextlib.contextmanager
+def writing_to(workdir: Path):
+  """OSErrors inside it name the workdir."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(f'cannot write to {workdir} ({error.strerror}): give another --workdir') from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+  partial = path.with_suffix('.partial')
+  with open(partial, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,67 @@
+"""What a person sees of a run when it has ended: scores beside what they are compared with, and what the model writes."""
+
+import json
+from pathlib import Path
+
+import jax
+import tokenizers
+
+from data_pipeline import loader
+from maxlm.config import Experiment
+from maxlm.decode import generate
+from maxlm.metrics import duration
+from maxlm.models.decoder import Decoder
+
+PROMPTS = ('', 'The ', 'To create a ')  # of a model of documents
+
+
+def before(workdir: Path) -> dict[str, float]:
+  """The held-out loss of what a run started from, by source, as it was recorded before the first step."""
+  for line in (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
+    record = json.loads(line)
+    losses = {name.removeprefix('eval/loss/'): value for name, value in record.items() if name.startswith('eval/loss/')}
+    if losses and record['step'] == 0:
+      return losses
+  return {}
+
+
+def sample(config: Experiment, corpus: loader.Corpus, params: Decoder) -> list[str]:
+  """A few documents that the model makes up; or what it answers in conversations that were held out."""
+  tokenizer = tokenizers.Tokenizer.from_file(str(corpus.tokenizer_path))
+  chats = corpus.chat_template is not None
+  prompts = held_out_questions(corpus, len(PROMPTS)) if chats else [
+    [corpus.bos, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in PROMPTS]
+  how = dict(temperature=0.0) if chats else dict(temperature=0.8, top_p=0.95, seed=config.seed)
+  compute = config.compute.resolve(jax.default_backend())
+  out = generate(params, config.model, compute, prompts, eos=[corpus.eot], max_tokens=64, **how)
+  return [tokenizer.decode(prompt) + ' …' * chats + tokenizer.decode(ids) for prompt, ids in zip(prompts, out)]
+
+
+def held_out_questions(corpus: loader.Corpus, n: int) -> list[list[int]]:
+  """The tokens of n held-out conversations up to the first answer."""
+  questions = []
+  for source in corpus.sources:
+    for batch in loader.validation_batches(corpus, source, 1, n if corpus.table(source, 'validation').masked else 0):
+      is_first = batch['segment_ids'][0] == 1
+      answers = batch['loss_mask'][0][is_first].tolist()
+      questions.append(batch['tokens'][0][is_first][:answers.index(1) + 1].tolist())
+  return questions[:n]
+
+
+def report(workdir: Path, config: Experiment, summary: dict, samples: list[str]) -> str:
+  """The summary of DONE and the samples as text."""
+  if config.init_from:
+    title, columns = 'held-out loss, nats a token', {'before': summary['before'], 'after': summary['loss']}
+  else:
+    title, columns = 'held-out bits per byte', {'model': summary['bits_per_byte']} | {
+      name: {source: values[kind] for source, values in summary['baselines'].items()}
+      for name, kind in (('gzip -9', 'gzip'), ('unigram', 'unigram'))}
+  rows = [f'{title:28}' + ''.join(f'{name:>9}' for name in columns)]
+  rows += [f'{source:28}' + ''.join(f'{column[source]:9.3f}' for column in columns.values()) for source in summary['loss']]
+  shown = [f'  {" ".join(text.split())}' for text in samples]
+  how = 'What it answers to held-out questions' if config.init_from else 'What it writes (temperature 0.8, top-p 0.95)'
+  return '\n'.join(['', *rows, '', f'{how}:', *shown, '',
+                    f'Finished in {duration(summary["seconds"])}. Try next:',
+                    f'  python -m maxlm.generate --checkpoint={workdir} --prompt="To create a table"',
+                    f'  python -m maxlm.evaluate --checkpoint={workdir}',
+                    '  python -m maxlm.train --help'])
