@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from maxlm.hf.keys import Keys
+from maxlm.hf.keys import FULL, LINEAR, Keys
 from maxlm.hf.mapping import Entry, LeftOut, Tensor, within
 from maxlm.hf.rope import read_rope, write_rope
-from maxlm.hf.tables import ATTENTION, EXPERTS, MLP, MLP_WEIGHTS, PRE_NORMS, embeddings, first, pattern
+from maxlm.hf.tables import ATTENTION, EXPERTS, MLP, MLP_WEIGHTS, PRE_NORMS, embeddings, first, pattern, size_keys
 from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.delta import DeltaSpec
 from maxlm.layers.mlp import MlpSpec
@@ -15,7 +15,6 @@ from maxlm.layers.norm import NormSpec
 from maxlm.models.decoder import DecoderConfig, LayerSpec
 
 MODEL_TYPES = ('qwen3_next',)
-LINEAR, FULL = 'linear_attention', 'full_attention'
 
 GATED_ATTENTION = (
   Tensor('self_attn.q_proj.weight', 'N(H|H) D', 'mixer.w_q_DNH | mixer.w_gate_DNH'),
@@ -59,22 +58,19 @@ def read_config(keys: Keys) -> DecoderConfig:
 def write_config(model: DecoderConfig) -> dict[str, Any]:
   attention, delta = first(model, 'mixer', AttentionSpec), first(model, 'mixer', DeltaSpec)
   mlp, moe = first(model, 'mlp', MlpSpec), first(model, 'mlp', MoeSpec)
-  if attention is None or delta is None or moe is None or moe.shared is None or attention.rope is None:
-    raise ValueError('it has layers of DeltaNet and of attention with rotary positions, and experts beside a shared one')
+  if attention is None or delta is None or moe is None or moe.shared is None:
+    raise ValueError('it has layers of DeltaNet and of attention, and experts beside a shared one')
   dense = [i for i, layer in enumerate(model.layers) if isinstance(layer.mlp, MlpSpec)]
   return {
-    'model_type': 'qwen3_next', 'architectures': ['Qwen3NextForCausalLM'], 'vocab_size': model.vocab_size,
-    'hidden_size': model.d_model, 'num_hidden_layers': model.n_layers,
+    'model_type': 'qwen3_next', 'architectures': ['Qwen3NextForCausalLM'],
+    **size_keys(model, attention, mlp or moe.experts),
     'layer_types': [FULL if isinstance(layer.mixer, AttentionSpec) else LINEAR for layer in model.layers],
-    'num_attention_heads': attention.n_heads, 'num_key_value_heads': attention.n_kv_heads, 'head_dim': attention.head_dim,
     'attention_bias': False, 'linear_num_value_heads': delta.n_heads, 'linear_num_key_heads': delta.n_key_heads,
     'linear_value_head_dim': delta.head_dim, 'linear_key_head_dim': delta.key_dim,
     'linear_conv_kernel_dim': delta.conv_width, 'num_experts': moe.n_experts, 'num_experts_per_tok': moe.k,
     'moe_intermediate_size': moe.experts.d_ff, 'shared_expert_intermediate_size': moe.shared.d_ff,
     'norm_topk_prob': moe.normalise, 'decoder_sparse_step': 1, 'mlp_only_layers': dense,
-    'intermediate_size': (mlp or moe.experts).d_ff, 'hidden_act': 'silu',
-    'rms_norm_eps': model.norm.eps, 'tie_word_embeddings': model.tied_embeddings,
-    **({'partial_rotary_factor': 1.0} | write_rope(attention.rope))}
+    'hidden_act': 'silu', **({'partial_rotary_factor': 1.0} | write_rope(attention.rope))}
 
 
 def tensors(model: DecoderConfig) -> Iterator[Entry]:
