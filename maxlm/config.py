@@ -28,12 +28,16 @@ from maxlm.step import StepConfig
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Experiment:
   """name: of the run; its default workdir is runs/<name>. pod: the machine it is meant for, as 'v5p:4x4x4', or '' for
-  any. tokens: of the whole run, padding included. microbatches: parts a step's batch is computed in. seed: of weights
-  and data order."""
+  any. model: None takes that of init_from. tokens: of the whole run, padding included. microbatches: parts a step's batch is
+  computed in. seed: of weights and data order.
+
+  init_from: what the run starts from, a run's workdir (its newest checkpoint), WORKDIR@STEP or a Hugging Face model; its
+  weights alone, and with init_optimizer the state of its optimizer. lora: train adapters of these weights instead of them.
+  """
 
   name: str
   pod: str = ''
-  model: DecoderConfig
+  model: DecoderConfig | None = None
   compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig
@@ -61,6 +65,11 @@ class Experiment:
     """Devices of the pod the run is meant for; one for 'any machine'."""
     return math.prod(int(n) for n in self.pod.split(':')[1].split('x')) if self.pod else 1
 
+  def is_evaluated(self, step: int) -> bool:
+    """Whether held-out rows are scored after that step; before the first, what a run starts from is."""
+    every = self.evals.every_steps
+    return bool(self.init_from) if step == 0 else bool(every) and step % every == 0
+
   def step_config(self, platform: str, n_sources: int) -> StepConfig:
     """What `step.train_step` needs, with the platform's choices made."""
     return StepConfig(model=self.model, lora=self.lora, compute=self.compute.resolve(platform), optim=self.optim,
@@ -80,6 +89,13 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   if not model.pattern:
     raise ValueError('model.pattern is empty: it needs at least one LayerSpec')
   config.optim.check(config.n_steps * config.tokens_per_step)
+  if config.lora is not None:
+    config.lora.check()
+  if not config.init_from and (config.lora is not None or config.init_optimizer):
+    needs = 'lora' if config.lora else 'init_optimizer'
+    raise ValueError(f'{needs} needs a model to start from: give --config.init_from=WORKDIR')
+  if config.init_optimizer and config.lora is not None:
+    raise ValueError('init_optimizer=True has no meaning with lora: adapters are new, and so is their optimizer')
   for source, weight in data.mixture.items():
     if weight < 1:
       raise ValueError(f'data.mixture[{source!r}]={weight}: weights are whole numbers from 1; leave a source out to skip it')
