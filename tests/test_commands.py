@@ -111,6 +111,15 @@ def test_generate_is_repeatable_and_greedy_is_the_models_own_choice(workdir, tmp
   assert greedy['text'].startswith('The old woman')
 
 
+def test_an_imported_model_is_scored_as_where_it_comes_from(tmp_path):
+  source = ROOT / 'tests' / 'golden' / 'hf' / 'llama_tied'
+  golden = np.load(source / 'golden.npz')
+  assert 'llama, ' in run('hf', 'import', str(source), str(tmp_path / 'run'))
+  np.save(tmp_path / 'in.npy', golden['tokens'])
+  run_score(tmp_path / 'run', tmp_path)
+  np.testing.assert_allclose(np.load(tmp_path / 'out.npz')['logits'], golden['logits'], atol=1e-4)
+
+
 def run_score(workdir, tmp_path):
   run('score', f'--checkpoint={workdir}', f'--tokens={tmp_path}/in.npy', f'--out={tmp_path}/out.npz', '--logits')
 
@@ -125,11 +134,16 @@ def run_score(workdir, tmp_path):
   (('score', '--checkpoint={workdir}', '--tokens=nowhere.npy', '--out=x.npz'), 'nowhere.npy'),
   (('score', '--checkpoint={workdir}', '--tokens={bad}', '--out=x.npz'), 'one array of integers [rows, T]'),
   (('score', '--checkpoint={workdir}', '--tokens={big}', '--out=/tmp/x.npz'), 'the model knows 0 … 511'),
+  (('hf',), 'say `import HF_DIR DIR` or'),
+  (('hf', 'export', '{workdir}', 'x', '--family=llama'), 'llama cannot express'),
+  (('generate', '--checkpoint={hugging_face}'), 'is a Hugging Face model: import it first'),
 ], ids=lambda value: value if isinstance(value, str) else ' '.join(value)[:40])
 def test_mistakes_are_one_line(workdir, tmp_path, command, says):
   np.save(tmp_path / 'bad.npy', np.zeros(4))
   np.save(tmp_path / 'big.npy', np.full((1, 4), 600))
-  module, *flags = [word.format(workdir=workdir, bad=tmp_path / 'bad.npy', big=tmp_path / 'big.npy') for word in command]
+  (tmp_path / 'model.safetensors').write_bytes(b'')
+  module, *flags = [word.format(workdir=workdir, bad=tmp_path / 'bad.npy', big=tmp_path / 'big.npy', hugging_face=tmp_path)
+                    for word in command]
   error = run(module, *flags, code=2)
   lines = [line for line in error.splitlines() if not line.startswith(('W', 'I'))]
   assert len(lines) == 1 and says in lines[0], error

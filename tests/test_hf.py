@@ -3,10 +3,8 @@
 That each family computes what transformers computes is tested in test_hf_families.py.
 """
 
+import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -15,15 +13,16 @@ import pytest
 import tokenizers
 
 from configs import quickstart
+from data_pipeline.tokenizer import END_OF_TEXT
 from maxlm import typed_json
-from maxlm.checkpoint import Checkpoints
+from maxlm.checkpoint import Checkpoints, find, lineage
 from maxlm.hf import convert, families
 from maxlm.hf.keys import Keys
 from maxlm.hf.mapping import Constant, Copy, Either, Given, Layout, LeftOut, Tensor, choose, within
 from maxlm.hf.rope import read_rope, write_rope
 from maxlm.hf.tensors import INDEX, ToWrite, open_directory, write_directory
 from maxlm.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
-from maxlm.models.decoder import DecoderConfig
+from maxlm.models.decoder import Decoder, DecoderConfig
 from maxlm.sharding import MeshConfig, make_mesh
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -55,11 +54,12 @@ def contents(folder) -> dict[str, np.ndarray]:
 
 def parameters(workdir) -> dict[str, np.ndarray]:
   """What the checkpoint of a workdir holds, as it is stored."""
-  checkpoints = Checkpoints(workdir / 'checkpoints')
-  like, _ = convert.parameters_of(typed_json.decode(checkpoints.meta(0)['model'], DecoderConfig))
-  dtypes = checkpoints.dtypes(0)
+  checkpoints, step = find(str(workdir))
+  meta = checkpoints.meta(step)
+  like, _ = convert.parameters_of(typed_json.decode(meta.get('model') or meta['config']['model'], DecoderConfig))
+  dtypes = checkpoints.dtypes(step)
   like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding) for name, leaf in like.items()}
-  return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_params(0, like).items()}
+  return {name: np.asarray(leaf) for name, leaf in checkpoints.restore_params(step, like).items()}
 
 
 # The language of maps.  D=6 N=4 K=2 H=3 E=5 F=7 G=2 P=5
@@ -303,18 +303,18 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_says_nothing():
   ({'attention_sink_size': 4}, 'attention_sink_size=4'),
   ({'hidden_size': None}, 'hidden_size is missing'), ({'hidden_size': '16'}, "hidden_size='16' must be int"),
   ({'hidden_size': 16.0}, 'hidden_size=16.0 must be int'), ({'hidden_size': True}, 'hidden_size=True must be int'),
-  ({'num_attention_heads': 0}, 'num_attention_heads=0 must be from 1'), ({'hidden_size': -16}, 'hidden_size=-16 must be from 1'),
+  ({'num_attention_heads': 0}, 'num_attention_heads=0 must be from 1'), ({'hidden_size': -16}, 'hidden_size=-16 must be'),
   ({'num_hidden_layers': 10**9}, 'num_hidden_layers=1000000000 must be from 1 to 10000'),
   ({'vocab_size': 10**12}, 'vocab_size=1000000000000 must be from 1'),
   ({'num_key_value_heads': 3}, 'n_heads=4 is not a multiple of n_kv_heads=3'), ({'head_dim': 5}, 'even number'),
   ({'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported"), ({'attention_bias': 'yes'}, 'attention_bias'),
-  ({'model_type': 'llama4'}, "model_type 'llama4' is of no family here; there are"), ({'model_type': None}, 'model_type is missing'),
+  ({'model_type': 'llama4'}, "model_type 'llama4' is of no family here; there are"), ({'model_type': None}, 'is missing'),
   ({'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}, "rope_type='dynamic' is not supported"),
   ({'rope_scaling': {'rope_type': 'linear', 'factor': 2.0, 'x': 1}}, 'rope_scaling: nobody here knows x=1'),
-  ({'rope_scaling': {'rope_type': 'linear'}}, 'rope_scaling: factor is missing'), ({'rope_scaling': 'linear'}, 'must be dict'),
+  ({'rope_scaling': {'rope_type': 'linear'}}, 'rope_scaling: factor is missing'), ({'rope_scaling': 'yarn'}, 'must be dict'),
   ({'rope_scaling': {'type': 'linear', 'rope_type': 'yarn', 'factor': 2.0}}, "type='linear' is not supported; 'yarn' is"),
   ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 100.0}}, 'rope_theta=100.0 contradicts 500.0'),
-  ({'rope_parameters': {'rope_type': 'linear', 'factor': 2.0}, 'rope_scaling': {'type': 'linear', 'factor': 4.0}}, 'contradict'),
+  ({'rope_parameters': {'type': 'linear', 'factor': 2.0}, 'rope_scaling': {'type': 'linear', 'factor': 4.0}}, 'contradict'),
 ], ids=lambda value: '' if isinstance(value, str) else str(value)[:60])
 def test_a_config_that_cannot_be_honoured_is_refused_by_its_key(config, says):
   with pytest.raises(ValueError, match=says):
@@ -330,21 +330,24 @@ def test_words_for_layers_are_checked():
 
 
 LLAMA3 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
-YARN = {'factor': 40.0, 'original_max_position_embeddings': 4096}
+YARN = {'type': 'yarn', 'factor': 40.0, 'original_max_position_embeddings': 4096}
+
+
+def yarn(**fields) -> YarnScaling:
+  return YarnScaling(**{'factor': 40.0, 'original_length': 4096, **fields})
 
 
 @pytest.mark.parametrize('scaling, expected', [
   ({'rope_type': 'default'}, None),
   ({'type': 'linear', 'factor': 8}, LinearScaling(factor=8.0)),
   ({'rope_type': 'llama3', **LLAMA3}, Llama3Scaling(factor=8.0, original_length=8192)),
-  ({'rope_type': 'yarn', **YARN}, YarnScaling(factor=40.0, original_length=4096)),
-  ({'type': 'yarn', **YARN, 'beta_fast': 16, 'beta_slow': 2, 'truncate': False},
-   YarnScaling(factor=40.0, original_length=4096, fast_turns=16.0, slow_turns=2.0, truncate=False)),
-  ({'type': 'yarn', **YARN, 'mscale': 1.0, 'mscale_all_dim': 1.0}, YarnScaling(factor=40.0, original_length=4096, amplitude=1.0)),
-  ({'type': 'yarn', **YARN, 'mscale': 0.707}, YarnScaling(factor=40.0, original_length=4096)),
-  ({'type': 'yarn', **YARN, 'attention_factor': 1.2}, YarnScaling(factor=40.0, original_length=4096, amplitude=1.2)),
-  ({'type': 'yarn', **YARN, 'attention_factor': 0.1 * np.log(40) + 1}, YarnScaling(factor=40.0, original_length=4096)),
-  ({'type': 'yarn', 'factor': None, 'original_max_position_embeddings': 1024}, YarnScaling(factor=16.0, original_length=1024)),
+  ({**YARN, 'rope_type': 'yarn'}, yarn()),
+  ({**YARN, 'beta_fast': 16, 'beta_slow': 2, 'truncate': False}, yarn(fast_turns=16.0, slow_turns=2.0, truncate=False)),
+  ({**YARN, 'mscale': 1.0, 'mscale_all_dim': 1.0}, yarn(amplitude=1.0)),
+  ({**YARN, 'mscale': 0.707}, yarn()),
+  ({**YARN, 'attention_factor': 1.2}, yarn(amplitude=1.2)),
+  ({**YARN, 'attention_factor': 0.1 * np.log(40) + 1}, yarn()),
+  ({**YARN, 'factor': None, 'original_max_position_embeddings': 1024}, yarn(factor=16.0, original_length=1024)),
   ({'type': 'longrope', 'short_factor': [1, 1.5], 'long_factor': [2, 3.0], 'original_max_position_embeddings': 128},
    LongRopeScaling(divisors=(1.0, 1.5), amplitude=(1 + np.log(128) / np.log(128)) ** 0.5)),
 ], ids=str)
@@ -387,3 +390,43 @@ def test_quickstart_is_expressed_and_what_cannot_be_is_named():
     families.choose_family(model, None)
   with pytest.raises(ValueError, match='llama cannot express'):
     families.choose_family(model, families.families()['llama'])
+
+
+def trained(workdir, model: DecoderConfig) -> None:
+  """A workdir as a run leaves it, with weights as they are drawn, on one device."""
+  config = quickstart.get_config()
+  config.model = model
+  vocabulary = {END_OF_TEXT: 0, 'one': 1, 'two': 2}
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    params = jax.jit(lambda key: Decoder(model, key))(jax.random.key(0))
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    checkpoints.save(7, params=params, opt=None, meta={'config': json.loads(typed_json.dumps(config)), 'lineage': lineage()})
+    checkpoints.close()
+  tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='one')).save(str(workdir / 'tokenizer.json'))
+
+
+def test_a_model_that_was_trained_here_goes_out_and_comes_back(tmp_path, mesh_of):
+  model = dataclasses.replace(quickstart.get_config().model, d_model=16, vocab_size=32, n_layers=6)
+  trained(tmp_path / 'run', model)
+  with mesh_of(1):
+    report = convert.export_directory(f'{tmp_path}/run@7', tmp_path / 'out')
+    convert.import_directory(tmp_path / 'out', tmp_path / 'back')
+    ours, back = parameters(tmp_path / 'run'), parameters(tmp_path / 'back')
+  assert report.family == 'qwen3' and report.notes == [
+    'in bfloat16 transformers rounds elsewhere: norm.cast=after (not before)']
+  assert ours.keys() == back.keys() and all((ours[name] == back[name]).all() for name in ours)
+  config, settings, generation = (json.loads((tmp_path / 'out' / name).read_text()) for name in (
+    'config.json', 'tokenizer_config.json', 'generation_config.json'))
+  assert config['torch_dtype'] == 'float32' and config['max_position_embeddings'] == 256
+  assert (config['bos_token_id'], config['eos_token_id']) == (0, 0) == tuple(generation.values())
+  assert settings['eos_token'] == END_OF_TEXT and (tmp_path / 'back' / 'tokenizer_config.json').exists()
+
+
+def test_what_the_vocabulary_and_the_family_cannot_hold_is_not_exported(tmp_path, mesh_of):
+  model = dataclasses.replace(quickstart.get_config().model, d_model=16, vocab_size=2, n_layers=1)
+  trained(tmp_path / 'run', model)
+  with mesh_of(1):
+    for family, says in (('', 'tokens, the model 2'), ('nobody', '--family=nobody: there are'), ('llama', 'llama cannot')):
+      with pytest.raises(ValueError, match=says):
+        convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out', family=family or None)
+  assert not (tmp_path / 'out').exists()
