@@ -17,9 +17,9 @@ from data_pipeline.tokenizer import END_OF_TEXT
 from maxlm import typed_json
 from maxlm.checkpoint import Checkpoints, find, lineage
 from maxlm.hf import convert, families
-from maxlm.hf.keys import Keys
+from maxlm.hf.keys import FULL, SLIDING, Keys
 from maxlm.hf.mapping import Constant, Copy, Either, Given, Layout, LeftOut, Tensor, choose, within
-from maxlm.hf.rope import read_rope, write_rope
+from maxlm.hf.rope import read_rope, read_ropes, write_rope, write_ropes
 from maxlm.hf.tensors import INDEX, ToWrite, open_directory, write_directory
 from maxlm.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 from maxlm.models.decoder import Decoder, DecoderConfig
@@ -364,6 +364,27 @@ def test_rotations_are_read_from_both_spellings_and_written_in_both(scaling, exp
   for keys in (Keys(rest | written), Keys(rest | {'rope_parameters': written['rope_parameters']}),
                Keys(rest | {key: value for key, value in written.items() if key != 'rope_parameters'})):
     assert read_rope(keys, fraction=1.0) == expected
+
+
+@pytest.mark.parametrize('written', [
+  {'rope_theta': 1e6, 'rope_local_base_freq': 1e4, 'rope_scaling': {'type': 'linear', 'factor': 8.0}},
+  {'rope_parameters': {'full_attention': {'rope_type': 'linear', 'factor': 8.0}, 'sliding_attention': None}},
+  {'rope_parameters': {'full_attention': {'rope_theta': 1e6, 'rope_type': 'linear', 'factor': 8.0},
+                       'sliding_attention': {'rope_theta': 1e4, 'rope_type': 'default'}}, 'rope_theta': 1e6},
+], ids=['flat', 'with defaults', 'both'])
+def test_rotations_by_kind_of_layer_are_read_from_both_spellings(written):
+  expected = {FULL: RopeSpec(theta=1e6, scaling=LinearScaling(factor=8.0)), SLIDING: RopeSpec(theta=1e4)}
+  local = 'rope_local_base_freq', 1e4
+  keys = Keys(written)
+  assert read_ropes(keys, theta=1e6, local=local) == expected
+  keys.done()
+  assert read_ropes(Keys(write_ropes(expected)), theta=1.0, local=local) == expected
+
+
+@pytest.mark.parametrize('config', [{'partial_rotary_factor': 0.5}, {'rope_scaling': {'partial_rotary_factor': 0.5}}])
+def test_a_partial_rotation_is_refused_where_transformers_does_not_look_for_it(config):
+  with pytest.raises(ValueError, match='partial_rotary_factor=0.5 is not supported'):
+    read_rope(Keys(config))
 
 
 @pytest.mark.parametrize('content, says', [

@@ -142,12 +142,15 @@ def _read_yarn(keys: Keys, inner: Keys) -> YarnScaling:
 
 def _read_longrope(keys: Keys, inner: Keys) -> LongRopeScaling:
   """transformers takes `long_factor` for a batch that is longer than the original length; a RopeSpec has one of the two."""
-  original = _original(keys, inner)
-  factor = _factor(keys, inner, original)
   short, long = (inner.list(key, (int, float)) for key in ('short_factor', 'long_factor'))
-  if short != long and keys.size('max_position_embeddings') > original:
-    keys.note(f'longrope: the short factors are used, right for up to {original} tokens; transformers switches beyond')
   amplitude = inner.float('attention_factor', None)
-  if amplitude is None:
-    amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+  if amplitude is None or short != long:
+    original = _original(keys, inner)
+    factor = _factor(keys, inner, original)
+    if amplitude is None:
+      amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    if short != long and keys.size('max_position_embeddings') > original:
+      keys.note(f'longrope: short_factor is used, as by transformers for up to {original:,} tokens; for a model of longer '
+                'ones, give it the values of long_factor in config.json')
+  inner.inert('factor', 'original_max_position_embeddings')
   return LongRopeScaling(divisors=tuple(map(float, short)), amplitude=amplitude)

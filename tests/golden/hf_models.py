@@ -58,6 +58,11 @@ def bare_gpt2(tensors: dict) -> dict:
   return bare | {name.replace('c_attn.bias', 'bias'): mask.clone() for name in bare if name.endswith('c_attn.bias')}
 
 
+def all_bf16(tensors: dict) -> dict:
+  """Apertus' constants are in bf16 too."""
+  return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
 def split_convolutions(tensors: dict) -> dict:
   """OLMo-hybrid's kernels of q, k and v, each as wide as those are; transformers saves three equal parts of all of them."""
   tensors = dict(tensors)
@@ -239,7 +244,7 @@ MODELS = {
     config=dict(model_type='apertus', **shape(48, 6, 2, 2, 56), pad_token_id=0,
                 rope_parameters=rope(100.0, 'llama3', **LLAMA3)),
     off=(EPS, {'rope_parameters': rope(100.0)}),
-    fixed=('act_fn.beta', 'act_fn.eps'), draw={'alpha': (0.3, 0.4)},
+    fixed=('act_fn.beta', 'act_fn.eps'), draw={'alpha': (0.3, 0.4)}, files=all_bf16,
     hub=old_rope(100.0, 'llama3', **LLAMA3)),
   'glm4_moe': Golden(
     config=dict(model_type='glm4_moe', **shape(32, 6, 2, 3, 28), head_dim=12, attention_bias=True, use_qk_norm=True,
