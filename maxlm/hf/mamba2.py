@@ -12,6 +12,7 @@ from maxlm.layers.norm import NormSpec
 from maxlm.models.decoder import DecoderConfig, LayerSpec
 
 MODEL_TYPES = ('mamba2',)
+INFINITY = {'__float__': 'Infinity'}  # as transformers 5 writes it; JSON has none
 
 # Within the mixer, for all families that have one.
 MAMBA2_WEIGHTS = (
@@ -33,30 +34,34 @@ def read_config(keys: Keys) -> DecoderConfig:
     raise ValueError(f'{keys.where}: expand * hidden_size must be num_heads * head_dim, {n_heads * head_dim}')
   keys.fixed('hidden_act', 'silu')
   keys.fixed('use_bias', False)
+  keys.fixed('rms_norm', True)
+  keys.fixed('intermediate_size', n_heads * head_dim)
   keys.inert('chunk_size', 'residual_in_fp32', 'rescale_prenorm_residual', 'time_step_rank', 'time_step_min',
-             'time_step_max', 'time_step_floor', 'layer_types')
+             'time_step_max', 'time_step_floor', 'time_step_scale', 'time_step_init_scheme', 'layer_types',
+             'norm_before_gate')  # transformers has it after, whatever this says
   mixer = Mamba2Spec(
     n_heads=n_heads, head_dim=head_dim, state_dim=keys.size('state_size', 128), n_groups=keys.size('n_groups', 8),
-    conv_width=keys.size('conv_kernel', 4), conv_bias=keys.bool('use_conv_bias', True), **time_step_limit(keys))
+    conv_width=keys.size('conv_kernel', 4), conv_bias=keys.bool('use_conv_bias', True), **read_time_step_limit(keys))
   return DecoderConfig(
     vocab_size=keys.size('vocab_size', 32768), d_model=d_model, n_layers=keys.size('num_hidden_layers', 64),
     pattern=(LayerSpec(mixer=mixer, mlp=None),), tied_embeddings=keys.bool('tie_word_embeddings', False),
     norm=NormSpec(eps=keys.float('layer_norm_epsilon', 1e-5), cast='before'))
 
 
-def time_step_limit(keys: Keys) -> dict[str, float | None]:
+def read_time_step_limit(keys: Keys) -> dict[str, float | None]:
   """dt_min and dt_max of a Mamba2Spec."""
   low, high = keys.list('time_step_limit', (int, float, dict), [0.0, math.inf], length=2)
-  if isinstance(high, dict):  # how transformers 5 writes infinity, which JSON does not have
-    high = float(high.get('__float__', 'nan'))
+  high = math.inf if high == INFINITY else high
+  if isinstance(low, dict) or isinstance(high, dict):
+    raise ValueError(f'{keys.where}: time_step_limit={[low, high]} must be two numbers')
   return {'dt_min': float(low), 'dt_max': None if high == math.inf else float(high)}
 
 
 def write_time_step_limit(mixer: Mamba2Spec) -> dict[str, Any]:
-  """Nothing where there is no limit: infinity cannot be written so that all read it."""
+  """Nothing where there is no limit: infinity can't be written so that all read it."""
   if mixer.dt_max is None and mixer.dt_min == 0:
     return {}
-  return {'time_step_limit': [mixer.dt_min, {'__float__': 'Infinity'} if mixer.dt_max is None else mixer.dt_max]}
+  return {'time_step_limit': [mixer.dt_min, INFINITY if mixer.dt_max is None else mixer.dt_max]}
 
 
 def write_config(model: DecoderConfig) -> dict[str, Any]:
