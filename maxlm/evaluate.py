@@ -1,11 +1,12 @@
-"""Held-out scores of a checkpoint: `python -m maxlm.evaluate --checkpoint=WORKDIR[@STEP] [--data=CORPUS]`.
+"""Scores of a checkpoint: `python -m maxlm.evaluate --checkpoint=WORKDIR[@STEP] [--data=CORPUS | --tasks=NAMES]`.
 
-For each source of a corpus: loss (nats a token), bits per byte of its text, and how often the likeliest token is the
-right one.
+For each source of a corpus: loss (nats a token), bits per byte of its held-out text, and how often the likeliest token
+is the right one. For tasks of lm-evaluation-harness (extra `eval`): the harness's own report.
 """
 
 import functools
 import json
+import multiprocessing
 from pathlib import Path
 
 import jax
@@ -22,6 +23,12 @@ CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'WORKDIR of a run (its newest
 DATA = flags.DEFINE_string('data', '', 'a corpus made by data_pipeline.build (default: the one of the run)')
 ROWS = flags.DEFINE_integer('rows', 256, 'held-out rows of each source, at most')
 BATCH = flags.DEFINE_integer('batch_size', 8, 'rows at a time')
+TASKS = flags.DEFINE_list('tasks', [], 'tasks and groups of lm-evaluation-harness, instead of a corpus: a,b,c')
+TASK_DIR = flags.DEFINE_string('task_dir', '', 'with --tasks: a directory with YAML files of further tasks')
+NUM_FEWSHOT = flags.DEFINE_integer('num_fewshot', None, 'with --tasks: examples in a prompt (default: as the task says)')
+LIMIT = flags.DEFINE_integer('limit', None, 'with --tasks: only so many documents of each task')
+MAX_LENGTH = flags.DEFINE_integer('max_length', None, 'with --tasks: tokens seen at once, at most (default: as in training)')
+CACHE = flags.DEFINE_string('cache', '', 'with --tasks: a directory for answers; the same command again goes on from them')
 AS_JSON = flags.DEFINE_bool('json', False, 'one JSON object instead of a table')
 
 HEAD_TOKENS = 64  # positions whose logits are held at a time, to find the likeliest token
@@ -32,6 +39,11 @@ def main() -> int:
     raise ValueError('give --checkpoint=WORKDIR of a run, such as --checkpoint=runs/quickstart')
   if ROWS.value < 1 or BATCH.value < 1:
     raise ValueError(f'--rows={ROWS.value} and --batch_size={BATCH.value} must be at least 1')
+  if TASKS.value:
+    return evaluate_tasks()
+  for flag in (TASK_DIR, NUM_FEWSHOT, LIMIT, MAX_LENGTH, CACHE):
+    if flag.value != flag.default:
+      raise ValueError(f'--{flag.name}={flag.value} goes with --tasks')
   model = load(CHECKPOINT.value)
   if not DATA.value and model.config is None:
     raise ValueError(f'{CHECKPOINT.value} was not trained here: give --data=CORPUS')
@@ -53,6 +65,32 @@ def main() -> int:
     print(f'{"step " + str(model.step):24}{"loss":>9}{"bits/byte":>11}{"accuracy":>10}{"tokens":>10}')
     for source, s in scores.items():
       print(f'{source:24}{s.loss:9.4f}{s.bits_per_byte:11.4f}{s.accuracy:10.1%}{s.tokens:10,}')
+  return 0
+
+
+def evaluate_tasks() -> int:
+  try:
+    from maxlm import harness
+  except ModuleNotFoundError as error:
+    if error.name != 'lm_eval':
+      raise
+    raise OSError("--tasks needs lm-evaluation-harness: pip install -e '.[eval]'") from None
+  from lm_eval.utils import make_table
+
+  for flag, least in ((NUM_FEWSHOT, 0), (LIMIT, 1), (MAX_LENGTH, 1)):
+    if flag.value is not None and flag.value < least:
+      raise ValueError(f'--{flag.name}={flag.value} must be at least {least}')
+  if DATA.value:
+    raise ValueError('give --tasks or --data, not both')
+  multiprocessing.set_start_method('forkserver', force=True)  # the harness's processes; JAX's threads do not survive a fork
+  model = load(CHECKPOINT.value)
+  report = harness.run(model, TASKS.value, task_dir=TASK_DIR.value, num_fewshot=NUM_FEWSHOT.value, limit=LIMIT.value,
+                       batch_size=BATCH.value, max_length=MAX_LENGTH.value, cache=CACHE.value)
+  if AS_JSON.value:
+    print(json.dumps({'step': model.step, 'tasks': report['results'], 'num_fewshot': report['n-shot'],
+                      'samples': report['n-samples'], 'versions': report['versions']}))
+  else:
+    print(f'step {model.step}\n{make_table(report)}' + (make_table(report, 'groups') if report.get('groups') else ''))
   return 0
 
 

@@ -20,7 +20,8 @@ from maxlm.sharding import MeshConfig, make_mesh
 class Model:
   """model: the architecture. config: of the run that trained it (None: imported). compute: for this machine. tokenizer_text:
   its file, or None. bos: the token that begins a document, if there is one; begins: prompts get it here, not from the
-  tokenizer. eos: the tokens that end a document. step: of the checkpoint."""
+  tokenizer. eos: the tokens that end a document. max_length: tokens of its longest documents in training, where that is
+  known. step: of the checkpoint."""
 
   model: DecoderConfig
   config: Experiment | None
@@ -31,6 +32,7 @@ class Model:
   bos: int | None
   begins: bool
   eos: tuple[int, ...]
+  max_length: int | None
   step: int
 
   def prompt(self, text: str) -> list[int]:
@@ -64,9 +66,11 @@ def load(checkpoint: str, dtype: str | None = None) -> Model:
   tokenizer = tokenizers.Tokenizer.from_str(text) if text is not None else None
   if config:
     eot = tokenizer.token_to_id(END_OF_TEXT)
-    ends = {'bos': eot, 'begins': True, 'eos': (eot,)}
+    ends = {'bos': eot, 'begins': True, 'eos': (eot,), 'max_length': config.data.seq_len}
   else:
-    ends = document_ends(workdir, meta['hf']['config'], tokenizer)
+    hf = meta['hf']['config']
+    ends = document_ends(workdir, hf, tokenizer)
+    ends['max_length'] = hf.get('max_position_embeddings') or hf.get('n_positions')  # GPT-2's name for it
   jax.set_mesh(make_mesh(MeshConfig()))
   like = jax.eval_shape(lambda: Decoder(model, jax.random.key(0)))
   return Model(model=model, config=config, compute=compute.resolve(jax.default_backend()), tokenizer=tokenizer,

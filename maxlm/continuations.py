@@ -1,0 +1,135 @@
+"""Log-probabilities of continuations: many requests in a row.
+
+A request is two lists of tokens, a context and a continuation whose probability after it is asked for. Benchmarks ask
+thousands of short ones. They are packed like training documents: rows are full, and of one length, for which XLA compiles
+one program. An input that begins another one is not computed again (choices that differ in their last token are one
+input), and the head is applied to the tokens asked for only.
+
+B batch  T time  D width  V vocabulary  C tokens of each row whose logits are held at a time
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipeline.pack import best_fit_decreasing
+from maxlm.load import Model
+from maxlm.sharding import axis_size, spec
+
+ROW = 2048  # tokens of a row, about; an input that is longer has a row of its own, and fewer rows go at a time
+HELD_LOGITS = 1 << 26  # logits at a time: 256 MiB in fp32
+
+Request = tuple[Sequence[int], Sequence[int]]  # context, continuation
+
+
+class Answer(NamedTuple):
+  log_prob: float  # natural logarithm of the probability of the continuation
+  greedy: bool  # each of its tokens was the likeliest one
+
+
+class Scorer:
+  """Answers requests; what was compiled for one call serves the next ones.
+
+  max_length: tokens that the model is given at most. batch_size: rows of about ROW tokens at a time.
+  """
+
+  def __init__(self, model: Model, *, max_length: int, batch_size: int):
+    model.check_length(max_length)
+    self.model, self.max_length, self.batch_size = model, max_length, batch_size
+    self._hidden = jax.jit(functools.partial(_hidden, model.model, model.compute))
+    self._judge = jax.jit(functools.partial(_judge, model.model))
+
+  def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+    """Yields (index of a request, its answer) of all requests, batch by batch, in another order.
+
+    Where context and continuation have more than max_length + 1 tokens, the first ones are left out (the last one is not
+    given to the model). ValueError for a continuation of more than max_length tokens.
+    """
+    inputs, targets = [], []
+    for context, continuation in requests:
+      assert context and continuation, 'nothing precedes the first token of a context, and nothing is asked of no token'
+      if len(continuation) > self.max_length:
+        raise ValueError(f'a continuation of {len(continuation)} tokens is longer than what the model is given at most, '
+                         f'{self.max_length} tokens: give a larger --max_length')
+      tokens = np.array([*context, *continuation][-self.max_length - 1:], np.int32)
+      inputs.append(tokens[:-1])
+      targets.append(tokens[-len(continuation):])
+    riders = shared(inputs)
+    hosts = list(riders)
+    lengths = [len(inputs[host]) for host in hosts]
+    T = row_length(lengths)
+    rows = [[hosts[i] for i in members] for members in best_fit_decreasing(lengths, T)] if hosts else []
+    at_a_time = max(1, self.batch_size * ROW // max(T, ROW))
+    for start in range(0, len(rows), at_a_time):
+      batch = rows[start:start + at_a_time]
+      B = min(at_a_time, 1 << (len(batch) - 1).bit_length())  # of the last batch: one more program, not one for each number
+      yield from self._answer(batch, B + -B % axis_size('B'), T, inputs, targets, riders)
+
+  def _answer(self, rows, B, T, inputs, targets, riders):
+    tokens_BT, segment_ids_BT, positions_BT = np.zeros((3, B, T), np.int32)
+    asked = [([], [], []) for _ in range(B)]  # of each row: columns, targets, whose
+    for row, hosts in enumerate(rows):
+      start = 0
+      for segment, host in enumerate(hosts, 1):
+        stop = start + len(inputs[host])
+        tokens_BT[row, start:stop] = inputs[host]
+        segment_ids_BT[row, start:stop] = segment
+        positions_BT[row, start:stop] = np.arange(stop - start)
+        for request in riders[host]:
+          end = start + len(inputs[request])
+          columns, wanted, owners = asked[row]
+          columns.extend(range(end - len(targets[request]), end))
+          wanted.extend(targets[request])
+          owners.extend([request] * len(targets[request]))
+        start = stop
+    packed = [jax.device_put(a, spec('BT')) for a in (tokens_BT, segment_ids_BT, positions_BT)]
+    x_BTD = self._hidden(self.model.params, *packed)
+    C = max(1, min(T, HELD_LOGITS // (B * self.model.model.vocab_size)))
+    n_asked = max(len(columns) for columns, *_ in asked)
+    columns, wanted, owners = np.full((3, B, n_asked + -n_asked % C), -1, np.int32)
+    for row, lists in enumerate(asked):
+      for array, values in zip((columns, wanted, owners), lists):
+        array[row, :len(values)] = values
+    parts = [self._judge(self.model.params, x_BTD, *(jax.device_put(a[:, i:i + C], spec('BM')) for a in (columns, wanted)))
+             for i in range(0, n_asked, C)]
+    log_probs, likeliest = (np.concatenate([np.asarray(part) for part in two], axis=1) for two in zip(*parts))
+    requests, whose = np.unique(owners[owners >= 0], return_inverse=True)
+    sums = np.bincount(whose, log_probs[owners >= 0])  # in fp64
+    missed = np.bincount(whose, ~likeliest[owners >= 0])
+    for request, log_prob, misses in zip(requests.tolist(), sums.tolist(), missed.tolist()):
+      yield request, Answer(log_prob, misses == 0)
+
+
+def shared(inputs: Sequence[np.ndarray]) -> dict[int, list[int]]:
+  """{an input that begins no other one: [itself, and those it begins with]}, by index; of equal ones, one is the key."""
+  keys = [tokens.astype('>i4').tobytes() for tokens in inputs]  # in the order of the tokens, for they are not negative
+  riders, host = {}, None
+  for i in sorted(range(len(keys)), key=keys.__getitem__, reverse=True):  # what begins an input comes right after it
+    if host is None or not keys[host].startswith(keys[i]):
+      host = i
+    riders.setdefault(host, []).append(i)
+  return riders
+
+
+def row_length(lengths: Sequence[int]) -> int:
+  """Rows hold a whole number of the longest input, so that inputs of one length fill them; a multiple of 128 (splash)."""
+  longest = max(lengths, default=1)
+  room = min(sum(lengths), max(1, ROW // longest) * longest)
+  return room + -room % 128
+
+
+def _hidden(config, compute, params, tokens_BT, segment_ids_BT, positions_BT):
+  x_BTD = params.hidden(config, compute, tokens_BT, segment_ids_BT, positions_BT)
+  return jax.reshard(x_BTD, jax.P(*spec('B'), None, None))
+
+
+def _judge(config, params, x_BTD, columns_BC, targets_BC):
+  """The log-probability of each target after its column, fp32 [B, C], and whether it is the likeliest token."""
+  x_BCD = jnp.take_along_axis(x_BTD, columns_BC[..., None], axis=1)
+  logits_BCV = jax.reshard(params.logits(config, x_BCD), jax.P(*spec('B'), None, None))
+  log_probs_BC1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BCV), targets_BC[..., None], axis=-1)
+  return log_probs_BC1[..., 0], jnp.argmax(logits_BCV, axis=-1) == targets_BC
