@@ -19,7 +19,8 @@ from tests.modules import NORM, assert_close, perturbed, values_and_gradients
 D, T = 16, 20
 YARN = RopeSpec(theta=100.0, interleaved=True, scaling=YarnScaling(factor=4.0, original_length=16, amplitude=1.1))
 SPECS = {
-  'deepseek': MlaSpec(n_heads=4, q_rank=12, kv_rank=8, nope_dim=6, rope_dim=4, v_dim=9, rope=YARN, scale=0.4, norm_eps=1e-3),
+  'deepseek': MlaSpec(n_heads=4, q_rank=12, kv_rank=8, nope_dim=6, rope_dim=4, v_dim=9, rope=YARN, scale=0.4, norm_eps=1e-3,
+                      bias=True),
   'kimi linear': MlaSpec(n_heads=4, q_rank=None, kv_rank=8, nope_dim=8, rope_dim=4, v_dim=8, rope=None),
   'halves': MlaSpec(n_heads=2, q_rank=8, kv_rank=12, nope_dim=4, rope_dim=6, v_dim=4, rope=RopeSpec(theta=100.0)),
 }
@@ -55,6 +56,9 @@ def by_definition(spec, w, x, ids, positions):
   """The layer in float64, a query of a head at a time."""
   w = {name: np.asarray(value, np.float64) for name, value in w.items()}
 
+  def bias(name):
+    return w[name] if spec.bias else 0
+
   def norm(x, scale):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm_eps) * scale
 
@@ -74,9 +78,9 @@ def by_definition(spec, w, x, ids, positions):
 
   y = np.zeros(x.shape)
   for b in range(x.shape[0]):
-    latent = norm(x[b] @ w['w_kv_down_DR'], w['kv_norm.scale_D'])
-    k_rope = [rotated(k, p) for k, p in zip(x[b] @ w['w_k_rope_DH'], positions[b])]
-    q_in = x[b] if spec.q_rank is None else norm(x[b] @ w['w_q_down_DR'], w['q_norm.scale_D'])
+    latent = norm(x[b] @ w['w_kv_down_DR'] + bias('b_kv_down_R'), w['kv_norm.scale_D'])
+    k_rope = [rotated(k, p) for k, p in zip(x[b] @ w['w_k_rope_DH'] + bias('b_k_rope_H'), positions[b])]
+    q_in = x[b] if spec.q_rank is None else norm(x[b] @ w['w_q_down_DR'] + bias('b_q_down_R'), w['q_norm.scale_D'])
     w_q = w['w_q_DNH' if spec.q_rank is None else 'w_q_up_DNH']
     for t, n in np.ndindex(x.shape[1], spec.n_heads):
       q = q_in[t] @ w_q[:, n]
@@ -86,7 +90,7 @@ def by_definition(spec, w, x, ids, positions):
       scores = [scale * (q[:spec.nope_dim] @ (latent[s] @ w['w_k_up_DNH'][:, n]) + q_rope @ k_rope[s]) for s in seen]
       p = np.exp(scores) / np.exp(scores).sum()
       y[b, t] += sum(p * latent[s] @ w['w_v_up_DNH'][:, n] for p, s in zip(p, seen)) @ w['w_o_NHD'][n]
-  return y
+  return y + bias('b_o_D')
 
 
 @every_spec

@@ -5,7 +5,7 @@ B batch  T query time  S key time  M columns of a cache  N heads  H dims of a he
 R width of a latent vector  D the same where it goes into a product, and the width of the model
 
 Weights: w_q_DNH, or with q_rank w_q_down_DR, q_norm.scale_D and w_q_up_DNH; w_kv_down_DR, kv_norm.scale_D, w_k_up_DNH and
-w_v_up_DNH; w_k_rope_DH, one for all heads; w_o_NHD.
+w_v_up_DNH; w_k_rope_DH, one for all heads; w_o_NHD. With biases b_kv_down_R, b_k_rope_H, b_o_D, and with q_rank b_q_down_R.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.layers.norm import Norm, NormSpec
-from maxlm.layers.param import normal
+from maxlm.layers.param import constant, normal
 from maxlm.layers.rope import RopeSpec, rotate
 from maxlm.layers.rows import Past, Rows, rope_key
 from maxlm.ops.attention import attention, attention_reference, visible_BTS
@@ -30,7 +30,8 @@ class MlaSpec:
 
   nope_dim, rope_dim, v_dim: of a head, the dims of queries and keys without and with rotation, and of values; the rotated
   dims of the keys are the same for all heads. rope: None means that these are not rotated either (Kimi Linear).
-  scale: of the scores, None means (nope_dim + rope_dim) ** -0.5. norm_eps: of the norms of the two vectors.
+  scale: of the scores, None means (nope_dim + rope_dim) ** -0.5. norm_eps: of the norms of the two vectors. bias: on what is
+  made for all heads together, that is, the two vectors, the keys' rotated dims and the output.
   """
 
   n_heads: int
@@ -42,6 +43,7 @@ class MlaSpec:
   rope: RopeSpec | None = dataclasses.field(default_factory=lambda: RopeSpec(interleaved=True))
   scale: float | None = None
   norm_eps: float = 1e-6
+  bias: bool = False
 
   @property
   def score_scale(self) -> float:
@@ -98,6 +100,12 @@ class Mla(nnx.Module):
     self.w_k_up_DNH = normal(rngs, 'DNH', (spec.kv_rank, N, spec.nope_dim), spec.kv_rank**-0.5)
     self.w_v_up_DNH = normal(rngs, 'DNH', (spec.kv_rank, N, spec.v_dim), spec.kv_rank**-0.5)
     self.w_o_NHD = normal(rngs, 'NHD', (N, spec.v_dim, D), (N * spec.v_dim) ** -0.5)
+    if spec.bias:
+      if spec.q_rank is not None:
+        self.b_q_down_R = constant('R', (spec.q_rank,), 0.0)
+      self.b_kv_down_R = constant('R', (spec.kv_rank,), 0.0)
+      self.b_k_rope_H = constant('H', (spec.rope_dim,), 0.0)
+      self.b_o_D = constant('D', (D,), 0.0)
 
   def __call__(self, spec: MlaSpec, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     """Attention within the documents of packed rows, with keys and values of every head."""
@@ -108,7 +116,7 @@ class Mla(nnx.Module):
     k_rope_BSNH = jnp.broadcast_to(k_rope_BSH[:, :, None], (*k_BSNH.shape[:3], spec.rope_dim), out_sharding=shard('BSNH'))
     out_BTNH = attention(q_BTNH, jnp.concatenate([k_BSNH, k_rope_BSNH], axis=-1), v_BSNH, rows.segment_ids_BT,
                          scale=spec.score_scale, kernel=rows.kernel)
-    return einsum('BTNH,NHD->BTD', out_BTNH, self.w_o_NHD[...])
+    return self._output(spec, out_BTNH)
 
   def extend(self, spec: MlaSpec, x_BTD: jax.Array, rows: Rows, cache: LatentCache,
              past: Past) -> tuple[jax.Array, LatentCache]:
@@ -134,22 +142,31 @@ class Mla(nnx.Module):
         jax.reshard(q_BTNR, heads), jax.reshard(latent_BSR, latent), cache.latent_BMR,
         jax.reshard(rows.segment_ids_BT, row), jax.reshard(past.segment_ids_BM, row), past.column)
     out_BTNH = einsum('BTND,DNH->BTNH', jax.reshard(out_BTNR, shard('BTNR')), self.w_v_up_DNH[...])
-    return einsum('BTNH,NHD->BTD', out_BTNH, self.w_o_NHD[...]), LatentCache(cache_BMR)
+    return self._output(spec, out_BTNH), LatentCache(cache_BMR)
 
   def _queries(self, spec, x_BTD, rows):
     """Their parts without and with rotation, [B, T, N, nope_dim] and [B, T, N, rope_dim]."""
     if spec.q_rank is None:
       q_BTNH = einsum('BTD,DNH->BTNH', x_BTD, self.w_q_DNH[...])
     else:
-      latent_BTR = self.q_norm(_norm(spec, rows), einsum('BTD,DR->BTR', x_BTD, self.w_q_down_DR[...]))
-      q_BTNH = einsum('BTD,DNH->BTNH', latent_BTR, self.w_q_up_DNH[...])
+      latent_BTR = einsum('BTD,DR->BTR', x_BTD, self.w_q_down_DR[...])
+      if spec.bias:
+        latent_BTR += self.b_q_down_R[...].astype(latent_BTR.dtype)
+      q_BTNH = einsum('BTD,DNH->BTNH', self.q_norm(_norm(spec, rows), latent_BTR), self.w_q_up_DNH[...])
     return q_BTNH[..., :spec.nope_dim], _rotated(spec, q_BTNH[..., spec.nope_dim:], rows)
 
   def _latents(self, spec, x_BTD, rows):
     """What a cache holds of each token: [B, S, kv_rank] and [B, S, rope_dim]."""
-    latent_BSR = self.kv_norm(_norm(spec, rows), einsum('BSD,DR->BSR', x_BTD, self.w_kv_down_DR[...]))
+    latent_BSR = einsum('BSD,DR->BSR', x_BTD, self.w_kv_down_DR[...])
     k_rope_BSH = einsum('BSD,DH->BSH', x_BTD, self.w_k_rope_DH[...])
-    return latent_BSR, _rotated(spec, k_rope_BSH[:, :, None], rows)[:, :, 0]
+    if spec.bias:
+      latent_BSR += self.b_kv_down_R[...].astype(latent_BSR.dtype)
+      k_rope_BSH += self.b_k_rope_H[...].astype(k_rope_BSH.dtype)
+    return self.kv_norm(_norm(spec, rows), latent_BSR), _rotated(spec, k_rope_BSH[:, :, None], rows)[:, :, 0]
+
+  def _output(self, spec, out_BTNH):
+    y_BTD = einsum('BTNH,NHD->BTD', out_BTNH, self.w_o_NHD[...])
+    return y_BTD + self.b_o_D[...].astype(y_BTD.dtype) if spec.bias else y_BTD
 
 
 def _norm(spec, rows):
