@@ -121,7 +121,7 @@ def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
     raise FileExistsError(f'{target} has a model already: give a new directory')
   stored = dequantized(open_directory(source), config)
   model = with_vocabulary_of(stored, family, model, notes)
-  entries = choose(family.tensors(model), stored)
+  entries = choose(family.tensors(model), stored) + constants_of(family, model, config)
   like, slots = parameters_of(model)
   bound, given = bind(entries, slots)
   check(source, stored, entries, bound, notes)
@@ -178,7 +178,7 @@ def check(source: Path, stored: dict[str, Stored], entries: list[Entry], bound: 
     if matching := [name for name in extra if re.fullmatch(entry.pattern, name)]:
       notes.append(f'left out {_listed(matching, 1)}: {entry.why}')
       extra = [name for name in extra if name not in matching]
-  problems = {'missing': [name for name in shapes if name not in stored], 'not used': extra}
+  problems = {'missing': [name for name in shapes if name not in stored and name not in constants], 'not used': extra}
   here = {name: shape for name, shape in shapes.items() if name in stored}
   problems['of another shape'] = [f'{name} {stored[name].shape}, where the config says {shape}'
                                   for name, shape in here.items() if stored[name].shape != shape]
@@ -186,10 +186,21 @@ def check(source: Path, stored: dict[str, Stored], entries: list[Entry], bound: 
                                                      if stored[name].dtype.name not in WEIGHT_DTYPES]
   if not any(problems.values()):
     problems['not a copy'] = [f'{name} of {of}' for name, of in copies.items() if not _equal(stored[name], stored[of])]
-    problems['another constant'] = [f'{name}, which is {c.value}' for name, c in constants.items()
-                                    if (stored[name].array() != np.array(c.value, stored[name].dtype)).any()]
+    problems['another constant'] = [name for name, c in constants.items()
+                                    if name in stored and not holds(stored[name], c)]
   if any(problems.values()):
     raise ValueError(f'{source}: ' + '; '.join(f'{kind}: {_listed(names)}' for kind, names in problems.items() if names))
+
+
+def holds(tensor: Stored, constant: Constant) -> bool:
+  """Whether these are the constant's values, up to how the dtype and an exponential function round."""
+  finfo = jnp.finfo(tensor.dtype)
+  return np.allclose(tensor.array().astype(np.float64), constant.values(), rtol=4 * float(finfo.eps), atol=1e-7)
+
+
+def constants_of(family, model: DecoderConfig, config: dict[str, Any]) -> list[Entry]:
+  """The tensors that depend on keys of the config which have no effect on what a model computes."""
+  return list(family.constants(model, config)) if hasattr(family, 'constants') else []
 
 
 def _equal(one: Stored, other: Stored) -> bool:
@@ -260,7 +271,7 @@ def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family:
   model = typed_json.decode(meta['model'] if 'model' in meta else meta['config']['model'], DecoderConfig)
   module, config = config_for(model, meta, family)
   like, slots = parameters_of(model)
-  entries = choose(module.tensors(model))
+  entries = choose(module.tensors(model)) + constants_of(module, model, config)
   bound, given = bind(entries, slots)
   dtypes = checkpoints.dtypes(step)
   if dtype != 'keep':
@@ -326,9 +337,10 @@ def off_devices(params: dict[str, jax.Array], slot: Slot) -> np.ndarray:
 
 
 def constant_to_write(entry: Constant, others: list[ToWrite]) -> ToWrite:
-  """A tensor of one value, in the dtype that most of the others have."""
-  dtype = max({t.dtype for t in others}, key=lambda d: sum(t.dtype == d for t in others))
-  return ToWrite(entry.name, dtype, entry.shape, lambda: np.full(entry.shape, entry.value, dtype))
+  """A tensor of one value, in the dtype that most of the others have, or one of several, in fp32."""
+  common = max({t.dtype for t in others}, key=lambda d: sum(t.dtype == d for t in others))
+  dtype = np.dtype(np.float32) if callable(entry.value) else common
+  return ToWrite(entry.name, dtype, entry.shape, lambda: np.broadcast_to(entry.values(), entry.shape).astype(dtype))
 
 
 def companions(workdir: Path, target: Path, model: DecoderConfig, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The families are the files of this folder that have MODEL_TYPES: there is no table to edit.
 
 A family has MODEL_TYPES, read_config(Keys) -> DecoderConfig, write_config(DecoderConfig) -> dict, and
-tensors(DecoderConfig) -> entries (`maxlm.hf.mapping`). docs/hf.md says how to write one.
+tensors(DecoderConfig) -> entries (`maxlm.hf.mapping`); and constants(DecoderConfig, config) -> more entries, if some depend
+on keys that a DecoderConfig does not have. docs/hf.md says how to write one.
 """
 
 import importlib

@@ -26,7 +26,7 @@ says nothing, so that one table serves all layers of a family. Where their order
 import dataclasses
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -56,11 +56,15 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Constant:
-  """A tensor with one value everywhere, which our weights do not have because it is part of what a layer computes."""
+  """A tensor that may be there and is written, which our weights do not have because it is part of what a layer computes.
+  value: that of all its entries, or a function that makes the array."""
 
   name: str
   shape: tuple[int, ...]
-  value: float
+  value: float | Callable[[], np.ndarray]
+
+  def values(self) -> np.ndarray:
+    return np.asarray(self.value() if callable(self.value) else self.value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
