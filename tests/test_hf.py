@@ -413,6 +413,18 @@ def test_quickstart_is_expressed_and_what_cannot_be_is_named():
     families.choose_family(model, families.families()['llama'])
 
 
+def test_tokens_keep_their_ids_and_none_are_those_of_another_vocabulary():
+  original = LLAMA | {'bos_token_id': 5, 'eos_token_id': [6, 7], 'max_position_embeddings': 99}
+  model = families.read_config(original)[1]
+  changed = dataclasses.replace(model, vocab_size=72)
+  for meta in (original, {'model_type': 'llama', 'text_config': original}):
+    config = convert.config_for(changed, {'hf': {'config': meta}}, None)[1]
+    assert [config[f'{name}_token_id'] for name in ('bos', 'eos', 'pad')] == [5, [6, 7], None]
+    assert config['max_position_embeddings'] == 99
+  config = convert.config_for(model, {}, 'llama')[1]
+  assert config['eos_token_id'] is None and 'max_position_embeddings' not in config
+
+
 def trained(workdir, model: DecoderConfig) -> None:
   """A workdir as a run leaves it, with weights as they are drawn, on one device."""
   config = quickstart.get_config()

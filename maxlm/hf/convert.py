@@ -36,6 +36,7 @@ COMPANIONS = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.jso
 BUFFERS = LeftOut(r'(.*\.)?rotary_emb\.inv_freq', 'angles of the rotary positions, which follow from the config')
 WEIGHT_DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 DTYPE_CHOICES = ('keep', 'float32', 'bfloat16')
+TRANSFER_BYTES = 2*10**8
 HEADER_LIMIT = 100_000_000  # bytes of a JSON file that is read whole
 
 
@@ -116,7 +117,7 @@ def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
   start = time.monotonic()
   config = read_json(source / 'config.json')
   family, model, notes = read_config(config)
-  checkpoints = Checkpoints(target / 'checkpoints')
+  checkpoints = Checkpoints(target / 'checkpoints', transfer_bytes=TRANSFER_BYTES)
   if checkpoints.steps() or (target / 'config.json').exists():
     raise FileExistsError(f'{target} has a model already: give a new directory')
   stored = dequantized(open_directory(source), config)
@@ -300,18 +301,22 @@ def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family:
 
 def config_for(model: DecoderConfig, meta: dict[str, Any], family: str | None) -> tuple[Any, dict[str, Any]]:
   """(family, config.json). An imported model that was not changed has the one it came with."""
-  original = meta.get('hf', {}).get('config')
-  if family is not None:
-    if family not in families():
-      raise ValueError(f'--family={family}: there are {", ".join(families())}')
-    return families()[family], write_config(families()[family], model)
-  if original is not None and 'text_config' not in original:
+  original = meta.get('hf', {}).get('config', {})
+  if family is None and original and 'text_config' not in original:
     module, as_imported, _ = read_config(original)
     if as_imported == model:
       return module, {key: value for key, value in original.items() if key != 'quantization_config'}
-  module, config = choose_family(model, original and family_of(original['model_type']))
-  length = (original or {}).get('max_position_embeddings') or meta.get('config', {}).get('data', {}).get('seq_len')
-  return module, {'max_position_embeddings': length} | config
+  if family is None:
+    module, config = choose_family(model, family_of(original['model_type']) if original else None)
+  elif family in families():
+    module, config = families()[family], write_config(families()[family], model)
+  else:
+    raise ValueError(f'--family={family}: there are {", ".join(families())}')
+  text = original | original.get('text_config', {})
+  length = text.get('max_position_embeddings') or meta.get('config', {}).get('data', {}).get('seq_len')
+  # Not known is null: what transformers takes where a token is missing is the id of another vocabulary.
+  tokens = {key: text.get(key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+  return module, tokens | ({'max_position_embeddings': length} if length else {}) | config
 
 
 def to_write(b: Bound, params: dict[str, jax.Array]) -> list[ToWrite]:
