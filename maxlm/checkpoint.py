@@ -40,12 +40,14 @@ class CheckpointConfig:
 class Checkpoints:
   """The checkpoints in a directory. Every process of the job makes the same calls, from its main thread."""
 
-  def __init__(self, directory: str | Path, *, keep_last: int = 3, keep_every: int | None = None):
+  def __init__(self, directory: str | Path, *, keep_last: int = 3, keep_every: int | None = None,
+               transfer_bytes: int | None = None):
+    """transfer_bytes: a save takes so much off the devices at a time, and returns when all is off (None: all at once)."""
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
       raise ValueError(f'checkpoint.keep_last={keep_last} and keep_every={keep_every}: they are at least 1')
     path = epath.Path(directory)
     self.directory = path if '://' in str(path) else path.absolute()  # Orbax refuses relative ones
-    self._keep_last, self._keep_every = keep_last, keep_every
+    self._keep_last, self._keep_every, self._transfer_bytes = keep_last, keep_every, transfer_bytes
     self._checkpointer = None  # Orbax's; made by the first save, for it creates the directory
     self._saving = None  # (step, response) of the save in flight
 
@@ -72,7 +74,7 @@ class Checkpoints:
     items = {'params': named_leaves(params), 'opt': named_leaves(opt), 'meta': meta}  # None has no leaves
     with self._failures_of(step):
       if self._checkpointer is None:
-        self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every)
+        self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes)
       present = {name: item for name, item in items.items() if item}  # Orbax refuses empty ones: the state of plain SGD
       self._saving = step, self._checkpointer.save_checkpointables_async(step, present, force=True)
 
@@ -249,18 +251,19 @@ def _stored_shape(leaf) -> tuple[int, ...]:
   return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
 
 
-def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None):
+def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None, transfer_bytes: int | None):
   ocp = _orbax()
   policies = ocp.training.preservation_policies
   keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
-  return ocp.training.Checkpointer(directory, context=_context(ocp),
+  return ocp.training.Checkpointer(directory, context=_context(ocp, transfer_bytes),
                                    preservation_policy=policies.AnyPreservationPolicy(keep))
 
 
-def _context(ocp):
+def _context(ocp, transfer_bytes: int | None):
   context = ocp.Context()
   # Its default on a local disk trusts the name of a directory, and lists, loads and keeps unfinished ones.
   context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+  context.memory.transfer_concurrent_bytes = transfer_bytes
   context.checkpointables.registry = ocp.handlers.local_registry()
   context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')  # else: arrays of scalars
   return context

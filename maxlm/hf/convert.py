@@ -36,7 +36,7 @@ COMPANIONS = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.jso
 BUFFERS = LeftOut(r'(.*\.)?rotary_emb\.inv_freq', 'angles of the rotary positions, which follow from the config')
 WEIGHT_DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 DTYPE_CHOICES = ('keep', 'float32', 'bfloat16')
-TRANSFER_BYTES = 2*10**8
+TRANSFER_BYTES = 4 * 10**9  # of parameters on their way from the devices to the checkpoint
 HEADER_LIMIT = 100_000_000  # bytes of a JSON file that is read whole
 
 
@@ -305,7 +305,9 @@ def config_for(model: DecoderConfig, meta: dict[str, Any], family: str | None) -
   if family is None and original and 'text_config' not in original:
     module, as_imported, _ = read_config(original)
     if as_imported == model:
-      return module, {key: value for key, value in original.items() if key != 'quantization_config'}
+      known_as = getattr(module, 'EXPORTED_AS', {}).get(original['model_type'], original['model_type'])
+      stays_behind = 'quantization_config', 'auto_map'  # the second names files with code
+      return module, {key: value for key, value in original.items() if key not in stays_behind} | {'model_type': known_as}
   if family is None:
     module, config = choose_family(model, family_of(original['model_type']) if original else None)
   elif family in families():
