@@ -5,6 +5,7 @@ A fixture is tested as soon as a family has its model_type.
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -165,6 +166,27 @@ def test_of_a_model_that_also_sees_the_text_model_is_imported(imported, mesh_of,
   assert_same_tensors(tmp_path / 'out', folder)
   _, model, _ = families.read_config(json.loads((tmp_path / 'out' / 'config.json').read_text()))
   assert families.differences(model, imported(folder)[1]) == []
+
+
+@pytest.mark.parametrize('name, block, parts', [
+  ('mixtral', 'block_sparse_moe', ('w1', 'w3', 'w2')), ('qwen3_moe', 'mlp', ('gate_proj', 'up_proj', 'down_proj'))])
+def test_experts_may_be_stacked_as_transformers_5_has_them_in_memory(mesh_of, tmp_path, name, block, parts):
+  folder, source = GOLDEN / name, tmp_path / 'in'
+  tensors = {key: np.array(tensor.array()) for key, tensor in open_directory(folder).items()}
+  for layer in sorted({key.partition(f'{block}.experts.0.')[0] for key in tensors if f'{block}.experts.0.' in key}):
+    n_experts = len(tensors[f'{layer}{block}.gate.weight'])
+    gate, up, down = (np.stack([tensors.pop(f'{layer}{block}.experts.{e}.{part}.weight') for e in range(n_experts)])
+                      for part in parts)
+    tensors[f'{layer}mlp.gate.weight'] = tensors.pop(f'{layer}{block}.gate.weight')
+    tensors[f'{layer}mlp.experts.gate_up_proj'] = np.concatenate([gate, up], axis=1)
+    tensors[f'{layer}mlp.experts.down_proj'] = down
+  source.mkdir()
+  shutil.copy(folder / 'config.json', source)
+  write_directory(source, [ToWrite(key, a.dtype, a.shape, lambda a=a: a) for key, a in tensors.items()], 10**9)
+  with mesh_of(1):
+    convert.import_directory(source, tmp_path / 'run')
+    convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out')
+  assert_same_tensors(tmp_path / 'out', folder)
 
 
 def test_every_family_has_a_fixture():

@@ -15,12 +15,14 @@ from maxlm.models.decoder import DecoderConfig, LayerSpec
 
 MODEL_TYPES = ('mixtral',)
 
+# As published, and as transformers 5 has them in memory.
 EXPERTS = (
-  Tensor('block_sparse_moe.gate.weight', 'E D', 'mlp.w_router_DE'),
-  Either((Tensor('block_sparse_moe.experts.{E}.w1.weight', 'F D', 'mlp.w_gate_EDF'),
+  Either((Tensor('block_sparse_moe.gate.weight', 'E D', 'mlp.w_router_DE'),
+          Tensor('block_sparse_moe.experts.{E}.w1.weight', 'F D', 'mlp.w_gate_EDF'),
           Tensor('block_sparse_moe.experts.{E}.w3.weight', 'F D', 'mlp.w_up_EDF'),
           Tensor('block_sparse_moe.experts.{E}.w2.weight', 'D F', 'mlp.w_down_EFD')),
-         (Tensor('mlp.experts.gate_up_proj', 'E (F|F) D', 'mlp.w_gate_EDF | mlp.w_up_EDF'),
+         (Tensor('mlp.gate.weight', 'E D', 'mlp.w_router_DE'),
+          Tensor('mlp.experts.gate_up_proj', 'E (F|F) D', 'mlp.w_gate_EDF | mlp.w_up_EDF'),
           Tensor('mlp.experts.down_proj', 'E D F', 'mlp.w_down_EFD'))),
 )
 
