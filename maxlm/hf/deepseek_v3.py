@@ -15,6 +15,7 @@ from maxlm.layers.rope import YarnScaling
 from maxlm.models.decoder import DecoderConfig, LayerSpec
 
 MODEL_TYPES = ('deepseek_v3', 'kimi_k2')
+EXPORTED_AS = {'kimi_k2': 'deepseek_v3'}
 
 LATENT_ATTENTION = (
   Tensor('self_attn.q_proj.weight', 'NH D', 'mixer.w_q_DNH'),

@@ -2,7 +2,8 @@
 
 A family has MODEL_TYPES, read_config(Keys) -> DecoderConfig, write_config(DecoderConfig) -> dict, and
 tensors(DecoderConfig) -> entries (`maxlm.hf.mapping`); and constants(DecoderConfig, config) -> more entries, if some depend
-on keys that a DecoderConfig does not have. docs/hf.md says how to write one.
+on keys that a DecoderConfig does not have; and EXPORTED_AS, {'kimi_k2': 'deepseek_v3'}, if transformers does not know all
+MODEL_TYPES. docs/hf.md says how to write one.
 """
 
 import importlib
