@@ -1,6 +1,6 @@
 """MiniMax-Text-01 and M1: lightning attention in seven layers of eight, experts, and the normalised state as the residual.
 
-`minimax` is transformers' name for it, `minimax_text_01` that of the code that was published with the weights.
+`minimax` is transformers' name for it, the others are those of the code that was published with the weights.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from maxlm.layers.moe import MoeSpec
 from maxlm.layers.norm import NormSpec
 from maxlm.models.decoder import DecoderConfig, LayerSpec
 
-MODEL_TYPES = ('minimax', 'minimax_text_01')
+MODEL_TYPES = ('minimax', 'minimax_text_01', 'minimax_m1')
 
 LIGHTNING = (
   Tensor('self_attn.qkv_proj.weight', 'N(H|H|H) D', 'mixer.w_q_DNH | mixer.w_k_DNH | mixer.w_v_DNH'),
