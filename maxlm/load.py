@@ -13,6 +13,7 @@ from maxlm import typed_json
 from maxlm.checkpoint import find
 from maxlm.config import Experiment
 from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from maxlm.restore import load_params, model_of
 from maxlm.sharding import MeshConfig, make_mesh
 
 
@@ -59,22 +60,20 @@ def load(checkpoint: str, dtype: str | None = None) -> Model:
   """
   checkpoints, step = find(checkpoint)
   meta, workdir = checkpoints.meta(step), checkpoints.directory.parent
-  config = typed_json.decode(meta['config'], Experiment) if 'config' in meta else None
-  model = config.model if config else typed_json.decode(meta['model'], DecoderConfig)
+  config, model = typed_json.decode(meta['config'], Experiment) if 'config' in meta else None, model_of(meta)
   compute = dataclasses.replace(config.compute if config else ComputeConfig(), dtype=dtype, kernel=None)
   text = (workdir / 'tokenizer.json').read_text() if (workdir / 'tokenizer.json').exists() else None
   tokenizer = tokenizers.Tokenizer.from_str(text) if text is not None else None
-  if config:
-    eot = tokenizer.token_to_id(END_OF_TEXT)
-    ends = {'bos': eot, 'begins': True, 'eos': (eot,), 'max_length': config.data.seq_len}
+  hf = meta.get('hf', {}).get('config', {})
+  ends = document_ends(workdir, hf, tokenizer)
+  if config:  # documents begin and end as in the corpus
+    bos, eot = (meta.get(name, tokenizer.token_to_id(END_OF_TEXT)) for name in ('bos', 'eot'))
+    ends = {'bos': bos, 'begins': True, 'eos': tuple(dict.fromkeys((eot, *ends['eos']))), 'max_length': config.data.seq_len}
   else:
-    hf = meta['hf']['config']
-    ends = document_ends(workdir, hf, tokenizer)
     ends['max_length'] = hf.get('max_position_embeddings') or hf.get('n_positions')  # GPT-2's name for it
   jax.set_mesh(make_mesh(MeshConfig()))
-  like = jax.eval_shape(lambda: Decoder(model, jax.random.key(0)))
   return Model(model=model, config=config, compute=compute.resolve(jax.default_backend()), tokenizer=tokenizer,
-               params=checkpoints.restore_params(step, like), tokenizer_text=text, step=step, **ends)
+               params=load_params(checkpoints, step, model), tokenizer_text=text, step=step, **ends)
 
 
 def document_ends(workdir: epath.Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any]:

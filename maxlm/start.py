@@ -126,7 +126,8 @@ def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, 
   key = jax.random.key(config.seed)
   like = jax.eval_shape(functools.partial(init_state, step_config), key)
   say(describe(config, jax.default_backend(), sum(w.size for w in jax.tree.leaves(like.params))))
-  meta = {'config': typed_json.encode(config, Experiment), 'tokenizer': corpus.tokenizer_sha256}
+  meta = {'config': typed_json.encode(config, Experiment), 'tokenizer': corpus.tokenizer_sha256, 'bos': corpus.bos,
+          'eot': corpus.eot}
   step = checkpoints.latest()
   if step is None and parent is None:
     return jax.jit(functools.partial(init_state, step_config))(key), {**meta, 'lineage': lineage()}

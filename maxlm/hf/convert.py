@@ -28,10 +28,7 @@ from maxlm.hf.mapping import Constant, Copy, Entry, Given, Layout, LeftOut, Tens
 from maxlm.hf.quantized import dequantized
 from maxlm.hf.tensors import Stored, ToWrite, open_directory, write_directory
 from maxlm.models.decoder import Decoder, DecoderConfig, stack_of_layer
-
-# What goes along with the weights, as it is.
-COMPANIONS = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'tokenizer.model',
-              'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json', 'generation_config.json')
+from maxlm.restore import COMPANIONS, load_params, lora_of, model_of
 
 BUFFERS = LeftOut(r'(.*\.)?rotary_emb\.inv_freq', 'angles of the rotary positions, which follow from the config')
 WEIGHT_DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
@@ -128,7 +125,7 @@ def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
   check(source, stored, entries, bound, notes)
   params = load_parameters(stored, bound, given, like, dtype)
   target.mkdir(parents=True, exist_ok=True)
-  for name in COMPANIONS:
+  for name in ('tokenizer.json', *COMPANIONS):
     if (source / name).is_file():
       shutil.copyfile(source / name, target / name)
   meta = {'step': 0, 'model': typed_json.encode(model, DecoderConfig), 'lineage': lineage(), 'hf': {'config': config}}
@@ -265,38 +262,49 @@ def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family:
   ValueError that names what cannot be expressed.
   """
   start = time.monotonic()
+  target = target.absolute()
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise FileExistsError(f'{target} exists and is not an empty directory: give a new one')
   checkpoints, step = find(checkpoint)
   workdir, meta = Path(checkpoints.directory).parent, checkpoints.meta(step)
-  model = typed_json.decode(meta['model'] if 'model' in meta else meta['config']['model'], DecoderConfig)
+  model = model_of(meta)
   module, config = config_for(model, meta, family)
   like, slots = parameters_of(model)
   entries = choose(module.tensors(model)) + constants_of(module, model, config)
   bound, given = bind(entries, slots)
-  dtypes = checkpoints.dtypes(step)
-  if dtype != 'keep':
-    dtypes |= {slot.parameter: dtype for b in bound for slot in b.slots if not b.layout.fp32}
-  like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding) for name, leaf in like.items()}
-  params = checkpoints.restore_params(step, like)
+  casts = {slot.parameter: dtype for b in bound for slot in b.slots if dtype != 'keep' and not b.layout.fp32}
+  params = parameters_in(checkpoints, step, like, casts)
   for entry, slot in given:
     if not np.allclose(off_devices(params, slot), entry.values, rtol=1e-6):
       raise ValueError(f'{entry.ours} has other values than the family gives it')
   tensors = [tensor for b in bound for tensor in to_write(b, params)]
   tensors += [constant_to_write(entry, tensors) for entry in entries if isinstance(entry, Constant)]
-  scratch = target.with_name(f'.{target.name}.partial')
-  shutil.rmtree(scratch, ignore_errors=True)
-  scratch.mkdir(parents=True)
-  write_directory(scratch, tensors, max_shard_bytes)
-  config |= companions(workdir, scratch, model, config)
   common = max({t.dtype for t in tensors}, key=lambda d: sum(t.nbytes for t in tensors if t.dtype == d)).name
   config['dtype' if 'dtype' in config else 'torch_dtype'] = common
-  (scratch / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-  scratch.replace(target)
+  scratch = target.with_name(f'.{target.name}.partial')
+  scratch.mkdir(parents=True)
+  try:
+    config |= companions(workdir, scratch, model, config)
+    write_directory(scratch, tensors, max_shard_bytes)
+    (scratch / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    scratch.replace(target)  # all of it or nothing
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
   notes = [f'in bfloat16 transformers rounds elsewhere: {text}' for text in differences(model, read_config(config)[1])]
   return Report(family=name_of(module), n_tensors=len(tensors), notes=notes,
                 n_bytes=sum(t.nbytes for t in tensors), n_parameters=sum(leaf.size for leaf in params.values()),
                 dtypes=sorted({t.dtype.name for t in tensors}), seconds=time.monotonic() - start)
+
+
+def parameters_in(checkpoints: Checkpoints, step: int, like: dict[str, jax.ShapeDtypeStruct],
+                  casts: dict[str, str]) -> dict[str, jax.Array]:
+  """The parameters of a checkpoint by name, in the dtypes `casts`, the others as they are stored. Adapters are merged, in
+  fp32, into the model that they are for."""
+  if lora_of(checkpoints.meta(step)) is not None:
+    return {name: leaf.astype(casts.get(name, leaf.dtype)) for name, leaf in named_leaves(load_params(checkpoints, step)).items()}
+  dtypes = checkpoints.dtypes(step) | casts
+  return checkpoints.restore_params(step, {
+    name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding) for name, leaf in like.items()})
 
 
 def config_for(model: DecoderConfig, meta: dict[str, Any], family: str | None) -> tuple[Any, dict[str, Any]]:
@@ -355,7 +363,7 @@ def companions(workdir: Path, target: Path, model: DecoderConfig, config: dict[s
 
   Returns keys for config.json. ValueError if the tokenizer has more tokens than the model.
   """
-  for name in COMPANIONS:
+  for name in ('tokenizer.json', *COMPANIONS):
     if (workdir / name).is_file():
       shutil.copyfile(workdir / name, target / name)
   if not (target / 'tokenizer.json').exists():
