@@ -65,6 +65,8 @@ def read_config(keys: Keys) -> DecoderConfig:
 def write_config(model: DecoderConfig) -> dict[str, Any]:
   attentions, mlp = specs(model, 'mixer', AttentionSpec), specs(model, 'mlp', MlpSpec)[0]
   attention, ropes = attentions[0], {a.window is None: a.rope for a in attentions}
+  if model.d_model % attention.n_heads:
+    raise ValueError(f'd_model={model.d_model} must be a multiple of n_heads={attention.n_heads}')  # says transformers
   if attention.qk_norm is None:
     own = {'model_type': 'gemma2', 'architectures': ['Gemma2ForCausalLM'], 'attn_logit_softcapping': attention.softcap,
            **write_rope(attention.rope)}

@@ -6,7 +6,7 @@ from typing import Any
 from maxlm.hf.keys import Keys
 from maxlm.hf.mapping import Entry
 from maxlm.hf.rope import read_rope, write_rope
-from maxlm.hf.tables import ATTENTION, MLP, PRE_NORMS, embeddings, layers, specs
+from maxlm.hf.tables import ATTENTION, MLP, PRE_NORMS, embeddings, layers, size_keys, specs
 from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.norm import NormSpec
@@ -33,16 +33,11 @@ def read_config(keys: Keys) -> DecoderConfig:
 
 def write_config(model: DecoderConfig) -> dict[str, Any]:
   attention, mlp = specs(model, 'mixer', AttentionSpec)[0], specs(model, 'mlp', MlpSpec)[0]
-  if attention.rope is None:
-    raise ValueError('its layers have rotary positions')
+  is_llama = attention.window is None and model.d_model % attention.n_heads == 0  # transformers insists on the latter
   own = ({'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'attention_bias': attention.qkv_bias,
-          'mlp_bias': mlp.bias} if attention.window is None else
+          'mlp_bias': mlp.bias} if is_llama else
          {'model_type': 'mistral', 'architectures': ['MistralForCausalLM'], 'sliding_window': attention.window})
-  return {
-    **own, 'vocab_size': model.vocab_size, 'hidden_size': model.d_model, 'num_hidden_layers': model.n_layers,
-    'num_attention_heads': attention.n_heads, 'num_key_value_heads': attention.n_kv_heads, 'head_dim': attention.head_dim,
-    'intermediate_size': mlp.d_ff, 'hidden_act': 'silu', 'rms_norm_eps': model.norm.eps,
-    'tie_word_embeddings': model.tied_embeddings, **write_rope(attention.rope)}
+  return {**own, **size_keys(model, attention, mlp), 'hidden_act': 'silu', **write_rope(attention.rope)}
 
 
 def tensors(model: DecoderConfig) -> Iterator[Entry]:
