@@ -1,13 +1,16 @@
-"""Writes on from a prompt: `python -m maxlm.generate --checkpoint=WORKDIR[@STEP] --prompt=TEXT`."""
+"""Writes on from a prompt, or answers: `python -m maxlm.generate --checkpoint=WORKDIR[@STEP] --prompt=TEXT` or `--chat=TEXT`."""
 
 import json
 
+from data_pipeline import chat, tokenizer
 from maxlm import flags
+from maxlm.checkpoint import parse
 from maxlm.decode import generate
-from maxlm.load import load
+from maxlm.load import Model, load
 
 CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'WORKDIR of a run (its newest checkpoint) or WORKDIR@STEP')
 PROMPT = flags.DEFINE_string('prompt', '', 'the beginning of a document; empty: the model begins by itself')
+CHAT = flags.DEFINE_string('chat', '', 'a question, written as the conversations were that the model was fine-tuned on')
 MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'at most so many new tokens; a document that ends earlier ends there')
 SAMPLES = flags.DEFINE_integer('samples', 1, 'how many continuations')
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token; 1 samples from the model as it is')
@@ -21,8 +24,10 @@ def main() -> int:
     raise ValueError('give --checkpoint=WORKDIR of a run, such as --checkpoint=runs/quickstart')
   if SAMPLES.value < 1:
     raise ValueError(f'--samples={SAMPLES.value} must be at least 1')
+  if PROMPT.value and CHAT.value:
+    raise ValueError('give --prompt or --chat, not both')
   model = load(CHECKPOINT.value)
-  prompt = model.prompt(PROMPT.value)
+  prompt = question(model) if CHAT.value else model.prompt(PROMPT.value)
   samples = generate(model.params, model.model, model.compute, [prompt] * SAMPLES.value, eos=model.eos,
                      max_tokens=MAX_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value)
   for i, ids in enumerate(samples):
@@ -32,6 +37,14 @@ def main() -> int:
     else:
       print(f'--- {i + 1}\n{text}' if SAMPLES.value > 1 else text)
   return 0
+
+
+def question(model: Model) -> list[int]:
+  """The tokens of --chat in the chat template of the workdir, or in ours where it has none, up to the answer."""
+  _, facts = tokenizer.facts_of(parse(CHECKPOINT.value)[0])
+  template = chat.Template(facts['chat_template'], facts['bos'], facts['eot'])
+  text = template.render([{'role': 'user', 'content': CHAT.value}], ask=True)
+  return model.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 if __name__ == '__main__':

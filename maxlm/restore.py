@@ -28,7 +28,7 @@ def model_of(meta: dict[str, Any]) -> DecoderConfig:
 
 def lora_of(meta: dict[str, Any]) -> lora.LoraConfig | None:
   """How the adapters of a checkpoint were made, if it holds adapters."""
-  return typed_json.decode(meta.get('config', {}).get('lora'), lora.LoraConfig | None, 'lora')
+  return typed_json.decode(meta.get('lora') or meta.get('config', {}).get('lora'), lora.LoraConfig | None, 'lora')
 
 
 def load_params(checkpoints: Checkpoints, step: int, model: DecoderConfig | None = None) -> Decoder:

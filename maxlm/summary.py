@@ -25,7 +25,7 @@ def before(workdir: Path) -> dict[str, float]:
   return {}
 
 
-def sample(config: Experiment, corpus: loader.Corpus, params: Decoder) -> list[str]:
+def sample(config: Experiment, corpus: loader.Corpus, params: Decoder) -> str:
   """A few documents that the model makes up; or what it answers in conversations that were held out."""
   tokenizer = tokenizers.Tokenizer.from_file(str(corpus.tokenizer_path))
   chats = corpus.chat_template is not None
@@ -34,7 +34,9 @@ def sample(config: Experiment, corpus: loader.Corpus, params: Decoder) -> list[s
   how = dict(temperature=0.0) if chats else dict(temperature=0.8, top_p=0.95, seed=config.seed)
   compute = config.compute.resolve(jax.default_backend())
   out = generate(params, config.model, compute, prompts, eos=[corpus.eot], max_tokens=64, **how)
-  return [tokenizer.decode(prompt) + ' …' * chats + tokenizer.decode(ids) for prompt, ids in zip(prompts, out)]
+  texts = [tokenizer.decode(prompt) + tokenizer.decode(ids) for prompt, ids in zip(prompts, out)]
+  title = 'What it answers to held-out questions' if chats else 'What it writes (temperature 0.8, top-p 0.95)'
+  return '\n'.join([f'{title}:', *(f'  {" ".join(text.split())}' for text in texts)])
 
 
 def held_out_questions(corpus: loader.Corpus, n: int) -> list[list[int]]:
@@ -48,8 +50,8 @@ def held_out_questions(corpus: loader.Corpus, n: int) -> list[list[int]]:
   return questions[:n]
 
 
-def report(workdir: Path, config: Experiment, summary: dict, samples: list[str]) -> str:
-  """The summary of DONE and the samples as text."""
+def report(workdir: Path, config: Experiment, summary: dict, samples: str) -> str:
+  """The summary of DONE and the samples, for people."""
   if config.init_from:
     title, columns = 'held-out loss, nats a token', {'before': summary['before'], 'after': summary['loss']}
   else:
@@ -58,9 +60,7 @@ def report(workdir: Path, config: Experiment, summary: dict, samples: list[str])
       for name, kind in (('gzip -9', 'gzip'), ('unigram', 'unigram'))}
   rows = [f'{title:28}' + ''.join(f'{name:>9}' for name in columns)]
   rows += [f'{source:28}' + ''.join(f'{column[source]:9.3f}' for column in columns.values()) for source in summary['loss']]
-  shown = [f'  {" ".join(text.split())}' for text in samples]
-  how = 'What it answers to held-out questions' if config.init_from else 'What it writes (temperature 0.8, top-p 0.95)'
-  return '\n'.join(['', *rows, '', f'{how}:', *shown, '',
+  return '\n'.join(['', *rows, '', samples, '',
                     f'Finished in {duration(summary["seconds"])}. Try next:',
                     f'  python -m maxlm.generate --checkpoint={workdir} --prompt="To create a table"',
                     f'  python -m maxlm.evaluate --checkpoint={workdir}',
