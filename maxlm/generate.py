@@ -1,4 +1,4 @@
-"""Writes on from a prompt, or answers: `python -m maxlm.generate --checkpoint=WORKDIR[@STEP] --prompt=TEXT` or `--chat=TEXT`."""
+"""Writes on from a prompt: `python -m maxlm.generate --checkpoint=WORKDIR[@STEP] --prompt=TEXT`; or answers: `--chat=TEXT`."""
 
 import json
 
