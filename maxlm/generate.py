@@ -1,4 +1,4 @@
-"""Writes on from a prompt: `python -m maxlm.generate --checkpoint=WORKDIR[@STEP] --prompt=TEXT`; or answers: `--chat=TEXT`."""
+"""Writes on from a prompt: `python -m maxlm.generate --checkpoint=WORKDIR[@STEP] --prompt=TEXT`, or `--chat=TEXT` to ask."""
 
 import json
 
