@@ -123,7 +123,7 @@ class Moe(nnx.Module):
         self.w_shared_gate_D = normal(rngs, 'D', (d_model,), d_model**-0.5)
 
   def __call__(self, spec: MoeSpec, x_BTD: jax.Array, run=None) -> jax.Array:
-    """run: `sorted_experts` unless given, or `every_expert`, its reference."""
+    """Every device has all experts for its tokens. run: `sorted_experts` unless given, or `every_expert`, its reference."""
     u_BTD = x_BTD if spec.latent is None else einsum('BTD,DR->BTR', x_BTD, self.w_latent_in_DR[...])
     router, experts = ({name: getattr(self, name)[...] for name in names if hasattr(self, name)}
                        for names in (ROUTER, EXPERTS))
@@ -131,7 +131,8 @@ class Moe(nnx.Module):
     def island(x_BTD, u_BTD, router, experts):
       router, experts = _whole(router, jnp.float32), _whole(experts, u_BTD.dtype)
       x_CD, u_CD = x_BTD.reshape(-1, x_BTD.shape[-1]), u_BTD.reshape(-1, u_BTD.shape[-1])
-      weights_CJ, experts_CJ, _ = route(spec, router_logits(x_CD, **router), router.get('select_bias_E'))
+      logits_CE = router_logits(x_CD, router['w_router_DE'], router.get('b_router_E'))
+      weights_CJ, experts_CJ, _ = route(spec, logits_CE, router.get('select_bias_E'))
       u_CD, weights_CJ = jax.lax.pcast((u_CD, weights_CJ), axes('F'), to='varying')  # here, where they are C rows and not P
       y_CD = (run or sorted_experts)(spec.experts, experts, u_CD, weights_CJ, experts_CJ)
       return jax.lax.psum(y_CD, axes('F')).reshape(u_BTD.shape)
@@ -149,9 +150,10 @@ class Moe(nnx.Module):
     return y_BTD
 
 
-def router_logits(x_CD, w_router_DE, b_router_E=0.0, select_bias_E=None):
-  """fp32 logits [C, E]. An accelerator would round fp32 factors to bf16 or less: near ties would then be other experts."""
-  return jnp.dot(x_CD.astype(jnp.float32), w_router_DE, precision=jax.lax.Precision.HIGHEST) + b_router_E
+def router_logits(x_CD: jax.Array, w_router_DE: jax.Array, b_router_E: jax.Array | None) -> jax.Array:
+  """fp32 logits [C, E]. Unless told, an accelerator rounds fp32 factors to bf16: other experts where two are near."""
+  logits_CE = jnp.dot(x_CD.astype(jnp.float32), w_router_DE, precision=jax.lax.Precision.HIGHEST)
+  return logits_CE if b_router_E is None else logits_CE + b_router_E
 
 
 def route(spec: MoeSpec, logits_CE: jax.Array, select_bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -191,7 +193,7 @@ def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, exp
 
   y_PD = _mlp(spec, w, project, _permuted(jnp.repeat(x_CD, J, axis=0), order_P, back_P))
   y_CJD = _permuted(y_PD, back_P, order_P).reshape(C, J, -1)
-  return jnp.einsum('CJD,CJ->CD', y_CJD, weights_CJ).astype(x_CD.dtype)
+  return jnp.sum(y_CJD * weights_CJ[:, :, None], axis=1).astype(x_CD.dtype)
 
 
 def every_expert(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ) -> jax.Array:
@@ -228,7 +230,7 @@ def _dims(name: str) -> str:
 
 
 def _whole(weights: dict[str, jax.Array], dtype) -> dict[str, jax.Array]:
-  """Inside an island: the parts of weights cast, then gathered over E and D; a tensor's gradient leaves as a scatter."""
+  """Inside an island: weights cast, then gathered over E and D; their gradients leave as scatters."""
   whole = {}
   for name, w in weights.items():
     dims = _dims(name)
