@@ -37,8 +37,8 @@ GEMMA = dict(attention_bias=False, hidden_activation='gelu_pytorch_tanh', rms_no
 GEMMA_2 = dict(model_type='gemma2', hidden_act='gelu_pytorch_tanh', max_position_embeddings=8192, rope_theta=10000.0,
                sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **GEMMA)
 GEMMA_3 = dict(model_type='gemma3_text', attn_logit_softcapping=None, final_logit_softcapping=None, rope_theta=1000000,
-               rope_local_base_freq=10000, rope_scaling=None, max_position_embeddings=32768, sliding_window=512, head_dim=256,
-               query_pre_attn_scalar=256, **GEMMA)
+               rope_local_base_freq=10000, rope_scaling=None, max_position_embeddings=32768, sliding_window=512,
+               head_dim=256, query_pre_attn_scalar=256, **GEMMA)
 GEMMA_3_SEEING = dict(boi_token_index=255999, eoi_token_index=256000, image_token_index=262144, mm_tokens_per_image=256)
 OLMO = dict(attention_bias=False, hidden_act='silu', rms_norm_eps=1e-6, rope_theta=500000, tie_word_embeddings=False)
 OLMO_2 = dict(model_type='olmo2', max_position_embeddings=4096, rope_scaling=None, **OLMO)
@@ -173,3 +173,19 @@ def test_a_published_model_is_written_as_it_is_read(published):
   assert written_by is family or published.config['text_config']['model_type'] == 'mistral'
   again = families.read_config({'max_position_embeddings': 2**20} | config)[1]
   assert [path for path in families.differences(model, again) if not path.startswith(families.ROUNDING)] == []
+
+
+@pytest.mark.parametrize('config, says', [
+  (seeing('mistral3', 'pixtral', dict(model_type='mistral4')), "text_config: model_type='mistral4' is not supported"),
+  (GEMMA_3 | sizes(640, 4, 1, 18, 2048, 262144, use_bidirectional_attention=True), 'use_bidirectional_attention=True'),
+  (GEMMA_2 | sizes(2304, 8, 4, 26, 9216, 256000) | dict(sliding_window=None), 'sliding_window is null, and there'),
+  (PHI | sizes(64, 4, 4, 2, 64, 64, rope_scaling=LLAMA_3_OF_APERTUS), 'here it can be longrope'),
+  (PHI | sizes(64, 4, 4, 2, 64, 64, full_attn_mod=2), 'full_attn_mod=2 is not supported'),
+  (GPT_2 | dict(n_embd=768, n_head=11, n_layer=12), 'n_embd=768 is not a multiple of n_head=11'),
+  (GPT_2 | dict(n_embd=768, n_head=12, n_layer=12, scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx'),
+  (GPT_2 | dict(n_embd=768, n_head=12, n_layer=12, activation_function='gelu'), "activation_function='gelu' is not"),
+  (OLMO_2 | sizes(64, 4, 4, 2, 64, 64, clip_qkv=8.0), 'clip_qkv=8.0'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_what_cannot_be_honoured_is_refused(config, says):
+  with pytest.raises(ValueError, match=says):
+    families.read_config(config)

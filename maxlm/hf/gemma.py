@@ -35,7 +35,7 @@ MODEL_TYPES = ('gemma2', 'gemma3_text', 'gemma3')
 def read_config(keys: Keys) -> DecoderConfig:
   model_type = keys.str('model_type')
   if model_type == 'gemma3':
-    return read_text(keys, read_config)
+    return read_text(keys, {'gemma3_text': read_config})
   is_2, d_model, n_layers = model_type == 'gemma2', keys.size('hidden_size'), keys.layers()
   head_dim, bias = keys.size('head_dim', 256), keys.bool('attention_bias', False)
   n_heads, n_kv_heads = keys.size('num_attention_heads', 8), keys.size('num_key_value_heads', 4)

@@ -19,25 +19,20 @@ MODEL_TYPES = ('ministral3', 'mistral3')
 
 def read_config(keys: Keys) -> DecoderConfig:
   if keys.str('model_type') == 'mistral3':
-    return read_text(keys, read_text_config)
-  n_heads = keys.size('num_attention_heads')
-  stretched = keys.inner('rope_parameters')
+    return read_text(keys, {'ministral3': read_config, 'mistral': llama.read_config})
+  d_model, n_heads, stretched = keys.size('hidden_size'), keys.size('num_attention_heads'), keys.inner('rope_parameters')
   attention = AttentionSpec(
     n_heads=n_heads, n_kv_heads=keys.size('num_key_value_heads', 8, null=n_heads),
-    head_dim=keys.size('head_dim', 128, null=keys.size('hidden_size') // n_heads),
+    head_dim=keys.size('head_dim', 128, null=d_model // n_heads),
     rope=read_rope(keys, besides=('llama_4_scaling_beta', 'max_position_embeddings')),
     query_growth=QueryGrowth(beta=stretched.float('llama_4_scaling_beta'),
                              length=stretched.size('original_max_position_embeddings')),
     window=keys.size('sliding_window', None))
   mlp = MlpSpec(d_ff=keys.size('intermediate_size'), activation=keys.activation(default='silu'))
   return DecoderConfig(
-    vocab_size=keys.size('vocab_size'), d_model=keys.size('hidden_size'), n_layers=keys.layers(),
+    vocab_size=keys.size('vocab_size'), d_model=d_model, n_layers=keys.layers(),
     pattern=(LayerSpec(mixer=attention, mlp=mlp),), tied_embeddings=keys.bool('tie_word_embeddings', False),
     norm=NormSpec(eps=keys.float('rms_norm_eps', 1e-5), cast='before'))
-
-
-def read_text_config(keys: Keys) -> DecoderConfig:
-  return llama.read_config(keys) if keys.str('model_type', 'mistral') == 'mistral' else read_config(keys)
 
 
 def write_config(model: DecoderConfig) -> dict[str, Any]:

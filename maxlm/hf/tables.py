@@ -86,13 +86,16 @@ def beside_vision(entries: Iterable[Entry]) -> Iterator[Entry]:
   yield LeftOut(r'(vision_tower|multi_modal_projector)\..*', 'the text model alone is imported')
 
 
-def read_text(keys: Keys, read: Callable[[Keys], DecoderConfig]) -> DecoderConfig:
-  """Reads the config of the text model in that of one that also sees. How it sees is not looked at."""
+def read_text(keys: Keys, readers: dict[str, Callable[[Keys], DecoderConfig]]) -> DecoderConfig:
+  """Reads the config of the text model in that of one that also sees, with the reader of its model_type. How it sees is not
+  looked at."""
   keys.inert('vision_config', 'projector_hidden_act', 'vision_feature_layer', 'multimodal_projector_bias',
              'spatial_merge_size', 'mm_tokens_per_image', 'image_token_index', 'boi_token_index', 'eoi_token_index')
   tied = keys.bool('tie_word_embeddings', None)
   text = Keys({'tie_word_embeddings': tied} | keys.dict('text_config'), f'{keys.where}: text_config')
-  model = read(text)
+  if (model_type := text.str('model_type')) not in readers:
+    raise ValueError(f'{text.where}: model_type={model_type!r} is not supported; {" and ".join(readers)} can be here')
+  model = readers[model_type](text)
   text.done()
   keys.notes.extend(text.notes)
   return model
