@@ -187,6 +187,16 @@ def test_experts_may_be_stacked_as_transformers_5_has_them_in_memory(mesh_of, tm
   assert_same_tensors(tmp_path / 'out', folder)
 
 
+@each_folder
+def test_every_family_writes_a_model_or_says_why_it_cannot(folder):
+  _, model, _ = families.read_config(json.loads((folder / 'config.json').read_text()))
+  for family in families.families().values():
+    try:
+      families.write_config(family, model)
+    except ValueError as reason:
+      assert str(reason)
+
+
 def test_every_family_has_a_fixture():
   tested = {json.loads((folder / 'config.json').read_text())['model_type'] for folder in FOLDERS}
   assert [name for name, family in families.families().items() if not tested & set(family.MODEL_TYPES)] == []

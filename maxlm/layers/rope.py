@@ -70,6 +70,8 @@ class RopeSpec:
 
   def check(self, where: str, head_dim: int) -> None:
     """ValueError if a head of that many dims cannot be rotated so."""
+    if not 0 < self.fraction <= 1:
+      raise ValueError(f'{where}.fraction={self.fraction} must be more than 0 and at most 1')
     rotated = self.rotated(head_dim)
     if rotated % 2 or not 0 < rotated <= head_dim:
       raise ValueError(f'{where}: {rotated} of {head_dim} dims of a head to rotate: it must be an even number of them')
