@@ -82,7 +82,7 @@ def _kinds(published: Keys, n_layers: int) -> list[str]:
 
 def _mlps(keys: Keys, n_layers: int) -> list[MlpSpec | MoeSpec]:
   d_ff, groups = keys.size('moe_intermediate_size', 1024), keys.size('num_expert_group', 1)
-  if keys.bool('use_grouped_topk', True) is False and groups > 1:
+  if not keys.bool('use_grouped_topk', True) and groups > 1:
     raise ValueError(f'{keys.where}: use_grouped_topk=false contradicts num_expert_group={groups}')
   moe = MoeSpec(
     n_experts=keys.size('num_experts', 256), k=keys.size('num_experts_per_token', 8), experts=MlpSpec(d_ff=d_ff),

@@ -32,7 +32,7 @@ LIGHTNING = (
 
 def read_config(keys: Keys) -> DecoderConfig:
   d_model, n_heads, n_layers = keys.size('hidden_size'), keys.size('num_attention_heads'), keys.layers()
-  if keys.bool('postnorm', keys.str('model_type') == 'minimax') is False:
+  if not keys.bool('postnorm', keys.str('model_type') == 'minimax'):
     raise ValueError(f'{keys.where}: postnorm=false, a residual that is not normalised, is not supported')
   keys.fixed('hidden_act', 'silu')  # also of lightning attention
   keys.fixed('shared_intermediate_size', 0)
