@@ -36,7 +36,8 @@ def read_config(keys: Keys) -> DecoderConfig:
     raise ValueError(f'{keys.where}: postnorm=false, a residual that is not normalised, is not supported')
   keys.fixed('hidden_act', 'silu')  # also of lightning attention
   keys.fixed('shared_intermediate_size', 0)
-  keys.inert('shared_moe_mode', 'block_size')
+  keys.inert('shared_moe_mode')
+  keys.size('block_size', 256, most=4096)  # for `constants`
   head_dim = keys.size('head_dim', d_model // n_heads)
   rotated = keys.size('rotary_dim', head_dim)
   if rotated != head_dim:
@@ -100,7 +101,7 @@ def constants(model: DecoderConfig, config: dict[str, Any]) -> Iterator[Constant
     for i, layer in enumerate(model.layers):
       if isinstance(layer.mixer, LightningSpec):
         yield from decays(f'model.layers.{i}.self_attn.', slopes(layer.mixer.n_heads, i, model.n_layers),
-                          config.get('block_size', 256))
+                          config.get('block_size') or 256)
 
 
 def decays(prefix: str, slope_N: np.ndarray, size: int) -> Iterator[Constant]:

@@ -48,8 +48,8 @@ def read_config(keys: Keys) -> DecoderConfig:
   keys.fixed('hidden_act', 'silu')  # also of the convolutions
   keys.inert('linear_a_log_min', 'linear_a_log_max', 'linear_dt_min', 'linear_dt_max', 'linear_dt_init_floor')
   attention = AttentionSpec(
-    n_heads=n_heads, n_kv_heads=keys.size('num_key_value_heads', n_heads), head_dim=keys.size('head_dim', d_model // n_heads),
-    rope=_rope(keys), qk_norm='all', qkv_bias=bias, out_bias=bias)
+    n_heads=n_heads, n_kv_heads=keys.size('num_key_value_heads', n_heads), rope=_rope(keys), qk_norm='all', qkv_bias=bias,
+    out_bias=bias, head_dim=keys.size('head_dim', d_model // n_heads))
   n_key_heads = keys.size('linear_num_key_heads', n_heads)
   key_dim = keys.size('linear_key_head_dim', 3 * d_model // (4 * n_key_heads))
   delta = DeltaSpec(
