@@ -198,7 +198,7 @@ def test_a_document_has_the_outputs_and_gradients_that_it_has_alone(mesh_of, spe
 def test_a_token_moves_those_after_it_in_its_document_and_no_other_by_a_single_bit(mesh_of, spec):
   """One row of the batch a perturbed token, and one with none."""
   T = 21
-  ids = np.repeat([[0, 1, 2, 3]], [3, 8, 1, 9], axis=1)
+  ids = np.repeat([[2, 0, 3, 1]], [3, 8, 1, 9], axis=1)
   x = np.repeat(example(1, T), T + 1, axis=0)
   tokens = np.arange(T)
   x[tokens, tokens] += 1

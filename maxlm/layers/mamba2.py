@@ -123,11 +123,7 @@ class Mamba2(nnx.Module):
     return self._mix(spec, x_BTD, rows, document_starts(rows, past), cache)
 
   def _mix(self, spec, x_BTD, rows, starts_BT, cache):
-    z_BTNH, x_BTNH, b_BTKQ, c_BTKQ, dt_BTN = (
-      y if scale == 1.0 else y * scale for scale, y in zip(spec.in_scales, (
-        einsum('BTD,DNH->BTNH', x_BTD, self.w_z_DNH[...]), einsum('BTD,DNH->BTNH', x_BTD, self.w_x_DNH[...]),
-        einsum('BTD,DKQ->BTKQ', x_BTD, self.w_b_DKQ[...]), einsum('BTD,DKQ->BTKQ', x_BTD, self.w_c_DKQ[...]),
-        einsum('BTD,DN->BTN', x_BTD, self.w_dt_DN[...]))))
+    z_BTNH, x_BTNH, b_BTKQ, c_BTKQ, dt_BTN = self._project(spec, x_BTD)
     biases = (self.b_conv_x_NH[...], self.b_conv_b_KQ[...], self.b_conv_c_KQ[...]) if spec.conv_bias else (None,) * 3
     x_BTNH, x_BJNH = conv_silu(x_BTNH, self.conv_x_WNH[...], biases[0], starts_BT, cache.x_BJNH)
     b_BTKQ, b_BJKQ = conv_silu(b_BTKQ, self.conv_b_WKQ[...], biases[1], starts_BT, cache.b_BJKQ)
@@ -141,6 +137,12 @@ class Mamba2(nnx.Module):
     y_BTNH = self._gated_norm(spec, y_BTNH + self.skip_N[...][:, None] * x_BTNH, z_BTNH, rows.norm.eps)
     y_BTD = einsum('BTNH,NHD->BTD', y_BTNH.astype(x_BTD.dtype), self.w_o_NHD[...])
     return y_BTD if spec.out_scale == 1.0 else y_BTD * spec.out_scale, Mamba2Cache(x_BJNH, b_BJKQ, c_BJKQ, state_BNQH)
+
+  def _project(self, spec, x_BTD):
+    parts = (einsum('BTD,DNH->BTNH', x_BTD, self.w_z_DNH[...]), einsum('BTD,DNH->BTNH', x_BTD, self.w_x_DNH[...]),
+             einsum('BTD,DKQ->BTKQ', x_BTD, self.w_b_DKQ[...]), einsum('BTD,DKQ->BTKQ', x_BTD, self.w_c_DKQ[...]),
+             einsum('BTD,DN->BTN', x_BTD, self.w_dt_DN[...]))
+    return [y if scale == 1.0 else y * scale for y, scale in zip(parts, spec.in_scales)]
 
   def _gated_norm(self, spec, y_BTNH, z_BTNH, eps):
     gate_BTNH = jax.nn.silu(z_BTNH.astype(jnp.float32))
