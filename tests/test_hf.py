@@ -150,6 +150,18 @@ def test_the_way_whose_names_are_there_is_chosen_and_the_first_is_written():
   assert nested[4].pattern == r'a\.\d' and nested[5].ours == 'b.g_N'
 
 
+@pytest.mark.parametrize('entries, says', [
+  ([Tensor('a', 'D', 'a_D')], 'no tensor for b_D, c_DF$'),
+  ([Tensor('a', 'D', 'a_D'), Tensor('bc', '(1|F) D', 'b_D | c_DF'), Tensor('x', 'D', 'a_D')], r'for a_D \(a and x\)'),
+  ([Given('a_D', np.zeros(3)), Tensor('a', 'D', 'a_D'), Tensor('bc', '(1|F) D', 'b_D | c_DF')], r'a_D \(a given value and a\)'),
+  ([Tensor('ax', '(1|1) D', 'a_D | x_D')], 'ax holds x_D, which this model does not have'),
+])
+def test_a_family_whose_tables_do_not_hold_each_weight_once_is_refused(entries, says):
+  slots = {name: convert.Slot(name, None, shape) for name, shape in (('a_D', (3,)), ('b_D', (3,)), ('c_DF', (3, 2)))}
+  with pytest.raises(ValueError, match=says):
+    convert.bind([*entries, Tensor('none', 'D', 'nothing_D')], slots)
+
+
 # Import and export.
 
 
@@ -452,6 +464,7 @@ def test_a_model_that_was_trained_here_goes_out_and_comes_back(tmp_path, mesh_of
     'config.json', 'tokenizer_config.json', 'generation_config.json'))
   assert config['torch_dtype'] == 'float32' and config['max_position_embeddings'] == 256
   assert (config['bos_token_id'], config['eos_token_id']) == (0, 0) == tuple(generation.values())
+  assert tokenizers.Tokenizer.from_file(f'{tmp_path}/back/tokenizer.json').encode('two').ids == [0, 2]
   assert settings['eos_token'] == END_OF_TEXT and (tmp_path / 'back' / 'tokenizer_config.json').exists()
 
 

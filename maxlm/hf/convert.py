@@ -373,7 +373,11 @@ def companions(workdir: Path, target: Path, model: DecoderConfig, config: dict[s
     raise ValueError(f'the tokenizer in {workdir} has {tokenizer.get_vocab_size():,} tokens, the model {model.vocab_size:,}')
   if (target / 'tokenizer_config.json').exists() or tokenizer.token_to_id(END_OF_TEXT) is None:
     return {}
-  ids = dict.fromkeys(('bos_token_id', 'eos_token_id'), tokenizer.token_to_id(END_OF_TEXT))
+  eot = tokenizer.token_to_id(END_OF_TEXT)
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(  # documents begin with it, as in training
+    single=f'{END_OF_TEXT} $A', pair=f'{END_OF_TEXT} $A {END_OF_TEXT} $B', special_tokens=[(END_OF_TEXT, eot)])
+  tokenizer.save(str(target / 'tokenizer.json'))
+  ids = {'bos_token_id': eot, 'eos_token_id': eot}
   text = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT,
           'clean_up_tokenization_spaces': False, 'model_max_length': config.get('max_position_embeddings')}
   (target / 'tokenizer_config.json').write_text(json.dumps(text, indent=2) + '\n')
