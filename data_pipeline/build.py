@@ -261,7 +261,7 @@ def _tokenizer_key(given: str) -> str:
 
 
 def _source_key(source) -> str:
-  code = shards.code_of(documents, text, sys.modules[type(source).__module__])
+  code = shards.code_of(documents, text, sys.modules[type(source).__module__], *([chat] if hasattr(source, 'chats') else []))
   return shards.key_of(recipes.describe(source), source.state(), code)
 
 

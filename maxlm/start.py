@@ -111,6 +111,9 @@ def open_corpus(config: Experiment, model: Path | None) -> loader.Corpus:
   if model and shards.sha256_file(model / 'tokenizer.json') != corpus.tokenizer_sha256:
     raise ValueError(f'the corpus in {directory} was made with another tokenizer than the model in {model}: name another '
                      f'--config.data.corpus, or build this one again: python {" ".join(command)}')
+  if not any(corpus.rows(source, 'validation') for source in corpus.sources):
+    raise ValueError(f'the corpus in {directory} holds no rows out to evaluate on: build it of more documents, or with a '
+                     'higher validation_fraction in the recipe')
   if corpus.vocab_size > config.model.vocab_size:
     raise ValueError(f'the corpus in {directory} has {corpus.vocab_size} tokens, more than model.vocab_size='
                      f'{config.model.vocab_size}: set --config.model.vocab_size to {corpus.vocab_size} or more')
