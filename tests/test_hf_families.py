@@ -5,6 +5,7 @@ A fixture is tested as soon as a family has its model_type.
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -200,3 +201,9 @@ def test_every_family_writes_a_model_or_says_why_it_cannot(folder):
 def test_every_family_has_a_fixture():
   tested = {json.loads((folder / 'config.json').read_text())['model_type'] for folder in FOLDERS}
   assert [name for name, family in families.families().items() if not tested & set(family.MODEL_TYPES)] == []
+
+
+def test_the_page_lists_every_family_with_its_model_types():
+  rows = [line for line in (GOLDEN.parents[2] / 'docs' / 'hf.md').read_text().splitlines() if line.startswith('| [')]
+  listed = {row.split(']')[0].removeprefix('| ['): tuple(re.findall('`(.*?)`', row)) for row in rows}
+  assert listed == {name: family.MODEL_TYPES for name, family in families.families().items()}

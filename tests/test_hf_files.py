@@ -60,6 +60,22 @@ def test_an_empty_file_and_half_a_length_are_refused(tmp_path):
       open_directory(tmp_path)
 
 
+def test_a_changed_byte_of_the_header_is_noticed_or_harmless(tmp_path):
+  """Whatever the header says then, what is read lies within the file."""
+  rng, values = np.random.default_rng(0), np.arange(24, dtype=np.float32)
+  safetensors.numpy.save_file({'a': values[:8].reshape(2, 4), 'b': values[8:]}, tmp_path / SINGLE)
+  whole, sound = (tmp_path / SINGLE).read_bytes(), 0
+  for _ in range(500):
+    changed = bytearray(whole)
+    changed[rng.integers(0, len(whole) - 96)] = rng.integers(0, 256)
+    (tmp_path / SINGLE).write_bytes(changed)
+    try:
+      sound += sum(tensor.array().nbytes for tensor in open_directory(tmp_path).values()) == 96
+    except ValueError as error:
+      assert SINGLE in str(error)
+  assert 0 < sound < 250
+
+
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
   write_directory(tmp_path, [ToWrite('a', BF16, (3, 5), lambda: np.ones((3, 5), BF16))], 10**9)
   whole = (tmp_path / SINGLE).read_bytes()
@@ -87,7 +103,7 @@ def in_shards(folder, weight_map) -> None:
   ({'a': 'one.safetensors', 'c': 'two.safetensors'}, 'two.safetensors: holds b, which the index puts into no file'),
   ({'a': 'one.safetensors', 'b': 7}, 'no "weight_map"'),
   ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "'a' twice"),
-  ('[]', 'no "weight_map"'), ('no', 'not JSON'), ('[' * 100_000, 'not JSON'),
+  ('{}', 'no "weight_map"'), ('[]', 'expected an object'), ('no', 'not JSON'), ('[' * 100_000, 'not JSON'),
 ])
 def test_an_index_that_does_not_agree_with_its_files_is_refused(tmp_path, weight_map, says):
   in_shards(tmp_path, weight_map)

@@ -26,7 +26,7 @@ from maxlm.checkpoint import Checkpoints, find, lineage, named_leaves
 from maxlm.hf.families import choose_family, differences, families, family_of, name_of, read_config, write_config
 from maxlm.hf.mapping import Constant, Copy, Entry, Given, Layout, LeftOut, Tensor, choose
 from maxlm.hf.quantized import dequantized
-from maxlm.hf.tensors import Stored, ToWrite, open_directory, write_directory
+from maxlm.hf.tensors import Stored, ToWrite, open_directory, read_json, write_directory
 from maxlm.models.decoder import Decoder, DecoderConfig, stack_of_layer
 from maxlm.restore import COMPANIONS, load_params, lora_of, model_of
 
@@ -34,7 +34,6 @@ BUFFERS = LeftOut(r'(.*\.)?rotary_emb\.inv_freq', 'angles of the rotary position
 WEIGHT_DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 DTYPE_CHOICES = ('keep', 'float32', 'bfloat16')
 TRANSFER_BYTES = 4 * 10**9  # of parameters on their way from the devices to the checkpoint
-HEADER_LIMIT = 100_000_000  # bytes of a JSON file that is read whole
 
 
 class Slot(NamedTuple):
@@ -135,21 +134,6 @@ def import_directory(source: Path, target: Path, dtype: str = 'keep') -> Report:
                 n_bytes=sum(stored[name].nbytes for b in bound for name in b.layout.names), notes=notes,
                 n_parameters=sum(leaf.size for leaf in params.values()), seconds=time.monotonic() - start,
                 dtypes=sorted({leaf.dtype.name for leaf in params.values()}))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file. ValueError with its name if there is none in it."""
-  if not path.is_file():
-    raise FileNotFoundError(f'{path} is not there: is {path.parent} a Hugging Face model?')
-  if path.stat().st_size > HEADER_LIMIT:
-    raise ValueError(f'{path}: {path.stat().st_size:,} bytes are too many for a configuration')
-  try:
-    plain = json.loads(path.read_text(encoding='utf-8'))
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-    raise ValueError(f'{path}: not JSON: {error}') from None
-  if not isinstance(plain, dict):
-    raise ValueError(f'{path}: expected an object, got {type(plain).__name__}')
-  return plain
 
 
 def with_vocabulary_of(stored: dict[str, Stored], family, model: DecoderConfig, notes: list[str]) -> DecoderConfig:
@@ -301,7 +285,8 @@ def parameters_in(checkpoints: Checkpoints, step: int, like: dict[str, jax.Shape
   """The parameters of a checkpoint by name, in the dtypes `casts`, the others as they are stored. Adapters are merged, in
   fp32, into the model that they are for."""
   if lora_of(checkpoints.meta(step)) is not None:
-    return {name: leaf.astype(casts.get(name, leaf.dtype)) for name, leaf in named_leaves(load_params(checkpoints, step)).items()}
+    merged = named_leaves(load_params(checkpoints, step))
+    return {name: leaf.astype(casts.get(name, leaf.dtype)) for name, leaf in merged.items()}
   dtypes = checkpoints.dtypes(step) | casts
   return checkpoints.restore_params(step, {
     name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name], sharding=leaf.sharding) for name, leaf in like.items()})

@@ -45,6 +45,8 @@ class Keys:
       if value is REQUIRED:
         raise ValueError(f'{self.where}: {key} is missing')
       return value
+    if isinstance(value, int) and abs(value) > 2**63:
+      raise ValueError(f'{self.where}: {key}={_short(value)} is no number of a model')
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
       raise ValueError(f'{self.where}: {key}={_short(value)} must be {" or ".join(kind.__name__ for kind in kinds)}')
     return value

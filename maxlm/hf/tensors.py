@@ -8,18 +8,20 @@ JSON, that the tensors cover the data without hole or overlap, that shape and dt
 not look at is checked here (names that come twice, the index).
 """
 
+import collections
 import dataclasses
 import json
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
+JSON_LIMIT = 100_000_000  # bytes, as of a header in the library
 
 DTYPES = {'F64': np.dtype('float64'), 'F32': np.dtype('float32'), 'F16': np.dtype('float16'),
           'BF16': np.dtype(ml_dtypes.bfloat16), 'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
@@ -81,7 +83,7 @@ def open_file(path: Path) -> dict[str, Mapped]:
     raise ValueError(f'{path}: not a sound safetensors file: {error}') from None
   with open(path, 'rb') as file:
     length, = struct.unpack('<Q', file.read(8))
-    header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(pairs, path, 'its header has'))
+    header = _object(file.read(length), path)
   header.pop('__metadata__', None)
   data = np.memmap(path, np.uint8, 'r')
   tensors = {}
@@ -96,11 +98,7 @@ def open_file(path: Path) -> dict[str, Mapped]:
 def _open_shards(directory: Path) -> dict[str, Mapped]:
   """The tensors of the files that the index lists: all of these, each where the index says, and no others."""
   where = directory / INDEX
-  try:
-    file_of = json.loads(where.read_text(encoding='utf-8'), object_pairs_hook=lambda pairs: _unique(pairs, where, 'it has'))
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-    raise ValueError(f'{where}: not JSON: {error}') from None
-  file_of = file_of.get('weight_map') if isinstance(file_of, dict) else None
+  file_of = read_json(where).get('weight_map')
   if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
     raise ValueError(f'{where}: has no "weight_map" from names of tensors to names of files')
   tensors = {}
@@ -118,11 +116,32 @@ def _open_shards(directory: Path) -> dict[str, Mapped]:
   return tensors
 
 
-def _unique(pairs, path: Path, has: str) -> dict:
-  names = [name for name, _ in pairs]
-  if len(set(names)) < len(names):
-    raise ValueError(f'{path}: {has} {next(name for name in names if names.count(name) > 1)!r} twice')
-  return dict(pairs)
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file. ValueError with its name if there is none in it, or if it has a name twice."""
+  if not path.is_file():
+    raise FileNotFoundError(f'{path} is not there: is {path.parent} a Hugging Face model?')
+  if path.stat().st_size > JSON_LIMIT:
+    raise ValueError(f'{path}: {path.stat().st_size:,} bytes are more than a configuration has')
+  return _object(path.read_bytes(), path)
+
+
+def _object(text: bytes, path: Path) -> dict[str, Any]:
+  twice = []
+
+  def unique(pairs):
+    if len(found := dict(pairs)) < len(pairs):
+      twice.append(collections.Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+  try:
+    plain = json.loads(text, object_pairs_hook=unique)
+  except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers with thousands of digits
+    raise ValueError(f'{path}: not JSON: {error}') from None
+  if twice:
+    raise ValueError(f'{path}: has {twice[0]!r} twice')
+  if not isinstance(plain, dict):
+    raise ValueError(f'{path}: expected an object, got {type(plain).__name__}')
+  return plain
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
