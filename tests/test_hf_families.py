@@ -198,6 +198,23 @@ def test_every_family_writes_a_model_or_says_why_it_cannot(folder):
       assert str(reason)
 
 
+@pytest.mark.parametrize('name', ['deepseek_v3', 'glm4_moe', 'minimax_m2'])
+def test_layers_for_multi_token_prediction_are_left_out(mesh_of, tmp_path, name):
+  """Published files have them behind the last layer."""
+  folder, source = GOLDEN / name, tmp_path / 'in'
+  tensors = open_directory(folder)
+  for more in ('eh_proj', 'mlp.experts.0.up_proj', 'self_attn.o_proj'):
+    tensors[f'model.layers.3.{more}.weight'] = tensors['model.norm.weight']
+  source.mkdir()
+  shutil.copy(folder / 'config.json', source)
+  write_directory(source, [ToWrite(key, t.dtype, t.shape, t.array) for key, t in tensors.items()], 10**9)
+  with mesh_of(1):
+    report = convert.import_directory(source, tmp_path / 'run')
+    convert.export_directory(str(tmp_path / 'run'), tmp_path / 'out')
+  assert [note.partition(' and 2 more')[0] for note in report.notes] == ['left out model.layers.3.eh_proj.weight']
+  assert_same_tensors(tmp_path / 'out', folder)
+
+
 def test_every_family_has_a_fixture():
   tested = {json.loads((folder / 'config.json').read_text())['model_type'] for folder in FOLDERS}
   assert [name for name, family in families.families().items() if not tested & set(family.MODEL_TYPES)] == []
