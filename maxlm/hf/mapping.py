@@ -160,14 +160,15 @@ class Layout:
     sizes = [_sizes(tensor, mine, shape) for mine, shape in zip(letters, shapes)]
     # A part is seen in three steps: their array with each letter a dim of its own, and each bracket one; the part cut out of
     # the brackets; its letters there as dims of their own, in the order of ours. All are views: dims are only ever split.
-    self.shape, self._whole, self._cuts = (), [], [()] * len(letters)
+    self.shape, self._whole, self._cuts = (), [], [[] for _ in letters]
     for outer, inner in dims:
       lengths = [_agreed(tensor, sizes, letter) for letter in outer]
       widths = [math.prod(size[letter] for letter in mine) for mine, size in zip(inner, sizes)]
+      bracket = [slice(sum(widths[:part]), sum(widths[:part + 1])) for part in range(len(widths))]
       self.shape += (math.prod(lengths) * (sum(widths) if inner else 1),)
-      self._whole += [*lengths, *([sum(widths)] if inner else [])]
-      for part, end in enumerate(np.cumsum(widths) if inner else [None] * len(letters)):
-        self._cuts[part] += (slice(None),) * len(outer) + ((slice(end - widths[part], end),) if inner else ())
+      self._whole += lengths + [sum(widths)] * bool(inner)
+      for part, cut in enumerate(self._cuts):
+        cut += [slice(None)] * len(outer) + bracket[part:part + 1]
     self._splits = [[size[letter] for letter in a] for size, a in zip(sizes, seen)]
     self._orders = [[a.index(letter) for letter in b] for a, b in zip(seen, ours)]
 
