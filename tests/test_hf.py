@@ -14,7 +14,7 @@ import tokenizers
 
 from configs import quickstart
 from data_pipeline.tokenizer import END_OF_TEXT
-from maxlm import typed_json
+from maxlm import lora, typed_json
 from maxlm.checkpoint import Checkpoints, find, lineage
 from maxlm.hf import convert, families
 from maxlm.hf.keys import FULL, SLIDING, Keys
@@ -23,6 +23,7 @@ from maxlm.hf.rope import read_rope, read_ropes, write_rope, write_ropes
 from maxlm.hf.tensors import INDEX, ToWrite, open_directory, write_directory
 from maxlm.layers.rope import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 from maxlm.models.decoder import Decoder, DecoderConfig
+from maxlm.restore import load_params
 from maxlm.sharding import MeshConfig, make_mesh
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -466,6 +467,30 @@ def test_a_model_that_was_trained_here_goes_out_and_comes_back(tmp_path, mesh_of
   assert (config['bos_token_id'], config['eos_token_id']) == (0, 0) == tuple(generation.values())
   assert tokenizers.Tokenizer.from_file(f'{tmp_path}/back/tokenizer.json').encode('two').ids == [0, 2]
   assert settings['eos_token'] == END_OF_TEXT and (tmp_path / 'back' / 'tokenizer_config.json').exists()
+
+
+def test_adapters_are_merged_into_what_is_exported(tmp_path, mesh_of):
+  model = dataclasses.replace(quickstart.get_config().model, d_model=16, vocab_size=32, n_layers=2)
+  trained(tmp_path / 'run', model)
+  base, adapters = Checkpoints(tmp_path / 'run' / 'checkpoints'), lora.LoraConfig(rank=2, alpha=4.0, targets=('*.w_up_DF',))
+  config = dataclasses.replace(quickstart.get_config(), model=model, lora=adapters)
+  parent = {'run': base.meta(7)['lineage']['run'], 'step': 7, 'path': str(tmp_path / 'run'), 'from_here': '../run'}
+  with mesh_of(1):
+    params = lora.adapt(load_params(base, 7), adapters, jax.random.key(0))
+    changed = {name: leaf + 0.5 for name, leaf in lora.adapters(params).items()}
+    tuned, plain = Checkpoints(tmp_path / 'tuned' / 'checkpoints'), json.loads(typed_json.dumps(config))
+    tuned.save(3, params=changed, opt=None, meta={'config': plain, 'lineage': lineage(parent)})
+    tuned.close()
+    for name in ('run', 'tuned'):
+      convert.export_directory(str(tmp_path / name), tmp_path / f'{name}_out')
+  before, after = contents(tmp_path / 'run_out'), contents(tmp_path / 'tuned_out')
+  for name in before:
+    if 'up_proj' in name:
+      layer, stack = int(name.split('.')[2]), 'stacks.0.mlp.w_up_DF'
+      product = np.asarray(changed[f'{stack}.lora_a'][layer] @ changed[f'{stack}.lora_b'][layer])
+      np.testing.assert_allclose(after[name], before[name] + 2.0 * product.T, atol=1e-5)
+    else:
+      np.testing.assert_array_equal(after[name], before[name])
 
 
 def test_what_the_vocabulary_and_the_family_cannot_hold_is_not_exported(tmp_path, mesh_of):
