@@ -155,6 +155,7 @@ def test_the_way_whose_names_are_there_is_chosen_and_the_first_is_written():
   ([Tensor('a', 'D', 'a_D')], 'no tensor for b_D, c_DF$'),
   ([Tensor('a', 'D', 'a_D'), Tensor('bc', '(1|F) D', 'b_D | c_DF'), Tensor('x', 'D', 'a_D')], r'for a_D \(a and x\)'),
   ([Given('a_D', np.zeros(3)), Tensor('a', 'D', 'a_D'), Tensor('bc', '(1|F) D', 'b_D | c_DF')], 'a given value and a'),
+  ([Tensor('a', 'D', 'a_D'), Tensor('bc', 'D', 'b_D'), Tensor('bc', 'F D', 'c_DF')], 'several weights for bc$'),
   ([Tensor('ax', '(1|1) D', 'a_D | x_D')], 'ax holds x_D, which this model does not have'),
 ])
 def test_a_family_whose_tables_do_not_hold_each_weight_once_is_refused(entries, says):

@@ -5,13 +5,13 @@ part needs; export takes one tensor after the other off the devices. At no time 
 model. Every tensor is used once and every parameter is filled once, or the names are told.
 """
 
+import collections
 import dataclasses
 import functools
 import json
 import re
 import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class Report:
 def parameters_of(model: DecoderConfig) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Slot]]:
   """(parameters by name, weights by name): a stack 'stacks.0.mlp.w_up_DF' holds 'layers.3.mlp.w_up_DF' and others."""
   like = named_leaves(jax.eval_shape(lambda: Decoder(model, jax.random.key(0))))
-  layers_of = defaultdict(list)
+  layers_of = collections.defaultdict(list)
   for layer, stack in enumerate(stack_of_layer(model)):
     layers_of[str(stack)].append(layer)
   slots = {}
@@ -83,8 +83,8 @@ def parameters_of(model: DecoderConfig) -> tuple[dict[str, jax.ShapeDtypeStruct]
 
 
 def bind(entries: list[Entry], slots: dict[str, Slot]) -> tuple[list[Bound], list[tuple[Given, Slot]]]:
-  """The entries for weights that the model has. ValueError unless each weight is in exactly one."""
-  bound, given, uses = [], [], defaultdict(list)
+  """The entries for weights that the model has. ValueError unless each weight and each tensor is in exactly one."""
+  bound, given, uses = [], [], collections.defaultdict(list)
   for entry in entries:
     if isinstance(entry, Given) and entry.ours in slots:
       given.append((entry, slots[entry.ours]))
@@ -101,6 +101,9 @@ def bind(entries: list[Entry], slots: dict[str, Slot]) -> tuple[list[Bound], lis
     raise ValueError(f'the family has no tensor for {_listed(unfilled)}')
   if twice := [f'{name} ({" and ".join(where)})' for name, where in uses.items() if len(where) > 1]:
     raise ValueError(f'the family has several tensors for {_listed(twice)}')
+  names = collections.Counter(name for b in bound for name in b.layout.names)
+  if twice := [name for name, n in names.items() if n > 1]:
+    raise ValueError(f'the family has several weights for {_listed(twice)}')
   return bound, given
 
 
@@ -159,7 +162,7 @@ def check(source: Path, stored: dict[str, Stored], entries: list[Entry], bound: 
   for entry in left_out:
     if matching := [name for name in extra if re.fullmatch(entry.pattern, name)]:
       notes.append(f'left out {_listed(matching, 1)}: {entry.why}')
-      extra = [name for name in extra if name not in matching]
+      extra = [name for name in extra if not re.fullmatch(entry.pattern, name)]
   problems = {'missing': [name for name in shapes if name not in stored and name not in constants], 'not used': extra}
   here = {name: shape for name, shape in shapes.items() if name in stored}
   problems['of another shape'] = [f'{name} {stored[name].shape}, where the config says {shape}'
@@ -192,8 +195,8 @@ def _equal(one: Stored, other: Stored) -> bool:
 def load_parameters(stored: dict[str, Stored], bound: list[Bound], given: list[tuple[Given, Slot]],
                     like: dict[str, jax.ShapeDtypeStruct], dtype: str) -> dict[str, jax.Array]:
   """The parameters on the current mesh, one after the other, of each device its part."""
-  sources = defaultdict(list)  # parameter -> (row, function that fills an array with a part of the row)
-  files, as_stored = defaultdict(set), set()  # dtypes of the tensors of a parameter; parameters that are not cast
+  sources = collections.defaultdict(list)  # parameter -> (row, function that fills an array with a part of the row)
+  files, as_stored = collections.defaultdict(set), set()  # dtypes of a parameter's tensors; parameters not to cast
   for b in bound:
     for part, slot in enumerate(b.slots):
       sources[slot.parameter].append((slot.row, functools.partial(fill, stored, b.layout, part)))
@@ -213,7 +216,7 @@ def load_parameters(stored: dict[str, Stored], bound: list[Bound], given: list[t
 def on_devices(leaf: jax.ShapeDtypeStruct, dtype, sources: list) -> jax.Array:
   """A parameter on the current mesh. The host holds the part of one device at a time."""
   sharding = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
-  devices_of = defaultdict(list)  # several devices may hold the same part
+  devices_of = collections.defaultdict(list)  # several devices may hold the same part
   for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
     devices_of[tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape))].append(device)
   arrays = []
