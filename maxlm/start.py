@@ -108,6 +108,8 @@ def open_corpus(config: Experiment, model: Path | None) -> loader.Corpus:
     if subprocess.run([sys.executable, *command], check=False).returncode:
       raise ValueError(f'the corpus was not built: see the lines above; again with: python {" ".join(command)}')
   corpus = loader.open_corpus(directory, seq_len)
+  if model and not (model / 'tokenizer.json').is_file():
+    raise FileNotFoundError(f'the model in {model} came without tokenizer.json: put the file into that directory')
   if model and shards.sha256_file(model / 'tokenizer.json') != corpus.tokenizer_sha256:
     raise ValueError(f'the corpus in {directory} was made with another tokenizer than the model in {model}: name another '
                      f'--config.data.corpus, or build this one again: python {" ".join(command)}')

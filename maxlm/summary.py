@@ -50,8 +50,9 @@ def held_out_questions(corpus: loader.Corpus, n: int) -> list[list[int]]:
   return questions[:n]
 
 
-def report(workdir: Path, config: Experiment, summary: dict, samples: str) -> str:
+def report(workdir: Path, config: Experiment, corpus: loader.Corpus, summary: dict, samples: str) -> str:
   """The summary of DONE and the samples, for people."""
+  ask = '--prompt="To create a table"' if corpus.chat_template is None else '--chat="What does a list do?"'
   if config.init_from:
     title, columns = 'held-out loss, nats a token', {'before': summary['before'], 'after': summary['loss']}
   else:
@@ -62,6 +63,6 @@ def report(workdir: Path, config: Experiment, summary: dict, samples: str) -> st
   rows += [f'{source:28}' + ''.join(f'{column[source]:9.3f}' for column in columns.values()) for source in summary['loss']]
   return '\n'.join(['', *rows, '', samples, '',
                     f'Finished in {duration(summary["seconds"])}. Try next:',
-                    f'  python -m maxlm.generate --checkpoint={workdir} --prompt="To create a table"',
+                    f'  python -m maxlm.generate --checkpoint={workdir} {ask}',
                     f'  python -m maxlm.evaluate --checkpoint={workdir}',
                     '  python -m maxlm.train --help'])

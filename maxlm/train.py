@@ -227,7 +227,7 @@ def finish(setup: Setup, state: TrainState, started: float) -> str:
              'before' if config.init_from else 'baselines': compared}
   with writing_to(setup.workdir):
     write_atomically(setup.workdir / 'DONE', json.dumps(summary, indent=2) + '\n')
-  return report(setup.workdir, config, summary, samples)
+  return report(setup.workdir, config, setup.corpus, summary, samples)
 
 
 def use_compile_cache() -> None:

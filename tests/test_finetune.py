@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from configs import tiny
 from configs.finetune import sft
@@ -20,6 +23,7 @@ from maxlm import flags, start, train, typed_json
 from maxlm.checkpoint import Checkpoints, named_leaves
 from maxlm.config import Experiment, validate
 from maxlm.data import to_device
+from maxlm.hf.convert import export_directory
 from maxlm.lora import LoraConfig
 from maxlm.restore import load_params
 from maxlm.step import StepConfig, gradients, init_state, train_step
@@ -146,6 +150,7 @@ def home(tmp_path_factory) -> Path:
   corpus = make_corpus(home / 'corpora' / 'tiny')
   config = tiny.get_config()
   config.model.n_layers, config.model.pattern, config.data.corpus = 1, PLAIN, str(corpus)
+  config.model.logits_softcap = None  # so that it is a llama
   config.tokens, config.checkpoint.every_steps = 12 * config.tokens_per_step, 8
   assert train.run(config, home / 'runs' / 'parent') == 0
   colours = ('red', 'green', 'blue', 'white')
@@ -217,6 +222,30 @@ def test_fine_tuning_improves_the_held_out_loss_and_says_so(home, tuned):
   model = typed_json.loads((parent / 'config.json').read_text(), Experiment).model
   assert typed_json.loads((tuned / 'config.json').read_text(), Experiment).model == model
   assert corpus.tokens('chats') < 0.7 * sum(corpus.rows('chats', split) for split in ('train', 'validation')) * 64
+
+
+def test_the_workdir_is_all_that_asking_the_model_needs(tuned):
+  command = [sys.executable, '-m', 'maxlm.generate', f'--checkpoint={tuned}', '--chat=3 white?', '--max_tokens=8', '--json']
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  tokenizer = tokenizers.Tokenizer.from_file(str(tuned / 'tokenizer.json'))
+  prompt = tokenizer.encode('<|endoftext|>User: 3 white?\n\nAssistant:').ids
+  assert json.loads(done.stdout)['prompt_tokens'] == prompt
+
+
+def test_a_hugging_face_directory_is_imported_on_the_way_and_what_belongs_to_it_goes_along(home, mesh_of, tmp_path):
+  parent = home / 'runs' / 'parent'
+  with mesh_of(1):
+    export_directory(str(parent), tmp_path / 'hf')
+    (tmp_path / 'hf' / 'generation_config.json').write_text('{"eos_token_id": 0, "max_length": 64}')
+    config = dataclasses.replace(config_of(home), init_from=str(tmp_path / 'hf'))
+    state, meta = state_of(config, tmp_path / 'run')
+    assert same(arrays(state.params), arrays(load_params(Checkpoints(parent / 'checkpoints'), 12)))
+    settled, origin = start.settle(config, tmp_path / 'run')
+    start.write_description(settled, tmp_path / 'run', loader.open_corpus(config.data.corpus, 64), origin)
+  assert meta['hf']['config']['model_type'] == 'llama' and meta['lineage']['parent']['step'] == 0
+  assert (tmp_path / 'run' / 'generation_config.json').read_text() == '{"eos_token_id": 0, "max_length": 64}'
+  assert origin.workdir == tmp_path / 'run' / 'imported'
 
 
 def resumed_from(finished: Path, step: int, to: Path) -> Path:
