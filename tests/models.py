@@ -46,7 +46,7 @@ def gradients(params, batch, model, compute=FP32) -> tuple[float, dict[str, np.n
 
 
 def assert_same_gradients(a: dict[str, np.ndarray], b: dict[str, np.ndarray], rtol: float, without_gradient=()) -> None:
-  """Each leaf within rtol of its largest value; those whose names contain one of `without_gradient`, and no others, are 0."""
+  """Each leaf within rtol of its largest value; those whose names have one of `without_gradient`, and no others, are 0."""
   assert a.keys() == b.keys()
   for name in a:
     scale = np.abs(a[name]).max()
