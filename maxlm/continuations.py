@@ -59,7 +59,7 @@ class Scorer:
       inputs.append(tokens[:-1])
       targets.append(tokens[-len(continuation):])
     riders = shared(inputs)
-    hosts = list(riders)
+    hosts = sorted(riders)
     lengths = [len(inputs[host]) for host in hosts]
     T = row_length(lengths)
     rows = [[hosts[i] for i in members] for members in best_fit_decreasing(lengths, T)] if hosts else []

@@ -70,6 +70,8 @@ class Generator:
       written = [cut(row[:int(state.i)], self.eos) for row in np.asarray(state.out_BT).tolist()]
       if enough:
         done_B |= [len(row) < state.i or enough(row) for row in written]
+        if done_B.all():
+          break
         state = state._replace(done_B=jax.device_put(done_B, spec('B')))
     return written[:len(prompts)]
 
