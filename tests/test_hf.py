@@ -4,6 +4,7 @@ That each family computes what transformers computes is tested in test_hf_famili
 """
 
 import dataclasses
+import fnmatch
 import json
 
 import jax
@@ -254,6 +255,57 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(tmp_path, mesh_of, damage
   with mesh_of(1), pytest.raises(ValueError, match=says):
     convert.import_directory(write(tmp_path / 'in', LLAMA, tensors), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def fp8(weight: np.ndarray) -> dict[str, np.ndarray]:
+  """A matrix of e4m3 numbers with a factor for each 4 x 8 of them, and what they stand for."""
+  rows, columns = weight.shape
+  scale = np.linspace(0.5, 2, -(-rows // 4) * -(-columns // 8), dtype=np.float32).reshape(-(-rows // 4), -(-columns // 8))
+  few = weight.astype(ml_dtypes.float8_e4m3fn)
+  whole = few.astype(np.float32) * np.repeat(np.repeat(scale, 4, 0), 8, 1)[:rows, :columns]
+  return {'': few, '_scale_inv': scale, 'plain': whole}
+
+
+def mxfp4(stack: np.ndarray) -> dict[str, np.ndarray]:
+  """As `fp8`: [E, columns, rows] in blocks of 32 columns."""
+  E, columns, rows = stack.shape
+  codes = np.random.default_rng(1).integers(0, 16, (E, rows, columns))
+  scales = np.random.default_rng(2).integers(124, 130, (E, rows, columns // 32))
+  numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+  whole = np.concatenate([numbers, -numbers])[codes] * 2.0 ** (np.repeat(scales, 32, -1) - 127)
+  packed = (codes[..., ::2] | codes[..., 1::2] << 4).reshape(E, rows, columns // 32, 16)
+  return {'_blocks': packed.astype(np.uint8), '_scales': scales.astype(np.uint8), 'plain': whole.swapaxes(1, 2)}
+
+
+GPT_OSS = {'model_type': 'gpt_oss', 'vocab_size': 48, 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2,
+           'num_key_value_heads': 2, 'head_dim': 8, 'intermediate_size': 64, 'num_local_experts': 3, 'experts_per_token': 2,
+           'num_experts_per_tok': 2, 'sliding_window': 4, 'rope_theta': 150000.0}
+
+
+@pytest.mark.parametrize('config, quantization, pack, of', [
+  (LLAMA, {'quant_method': 'fp8', 'weight_block_size': [4, 8]}, fp8, '_proj.weight'),
+  (GPT_OSS, {'quant_method': 'mxfp4', 'modules_to_not_convert': ['lm_head']}, mxfp4, '.experts.*_proj'),
+], ids=['fp8', 'mxfp4'])
+def test_weights_of_few_bits_are_imported_as_the_numbers_they_stand_for(tmp_path, mesh_of, config, quantization, pack, of):
+  few, plain = {}, {}
+  for name, array in tensors_of(config, np.dtype('float32')).items():
+    packed = pack(array) if fnmatch.fnmatch(name, '*' + of) else {'': array, 'plain': array}
+    plain[name] = packed.pop('plain').astype(np.float32)
+    few |= {name + ending: part for ending, part in packed.items()}
+  assert len(few) > len(plain)
+  write(tmp_path / 'few', config | {'quantization_config': quantization}, few)
+  write(tmp_path / 'plain', config, plain)
+  with mesh_of(4, fsdp=2, tensor=2):
+    for source, dtype in (('few', 'float32'), ('plain', 'float32'), ('few', 'keep')):
+      convert.import_directory(tmp_path / source, tmp_path / f'{source}_{dtype}', dtype)
+    got, expected, kept = (parameters(tmp_path / name) for name in ('few_float32', 'plain_float32', 'few_keep'))
+    convert.export_directory(str(tmp_path / 'few_keep'), tmp_path / 'out')
+  for name, leaf in expected.items():
+    np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+    np.testing.assert_array_equal(kept[name], leaf.astype(kept[name].dtype), err_msg=name)
+  assert {leaf.dtype.name for leaf in kept.values()} == {'float32', 'bfloat16'}
+  assert contents(tmp_path / 'out').keys() == plain.keys()
+  assert 'quantization_config' not in json.loads((tmp_path / 'out' / 'config.json').read_text())
 
 
 def test_a_head_beside_tied_embeddings_must_be_equal_to_them(tmp_path, mesh_of):
