@@ -6,6 +6,7 @@ That each family computes what transformers computes is tested in test_hf_famili
 import dataclasses
 import fnmatch
 import json
+import math
 
 import jax
 import ml_dtypes
@@ -30,6 +31,7 @@ from maxlm.sharding import MeshConfig, make_mesh
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LLAMA = {'model_type': 'llama', 'vocab_size': 64, 'hidden_size': 16, 'num_hidden_layers': 3, 'num_attention_heads': 4,
          'num_key_value_heads': 2, 'intermediate_size': 24, 'head_dim': 6, 'rope_theta': 500.0, 'torch_dtype': 'bfloat16'}
+MIXTRAL = LLAMA | {'model_type': 'mixtral', 'num_local_experts': 4, 'num_experts_per_tok': 2, 'sliding_window': None}
 Q_PROJ, UP_PROJ = 'model.layers.1.self_attn.q_proj.weight', 'model.layers.2.mlp.up_proj.weight'
 
 
@@ -185,9 +187,12 @@ def test_import_and_export_give_back_every_bit(tmp_path, mesh_of, max_shard_byte
   assert all(path.stat().st_size <= 3000 + 2000 for path in source.glob('model-*'))  # and its header
 
 
-@pytest.mark.parametrize('sizes', [{'fsdp': 4, 'tensor': 2}, {'data': 2, 'tensor': 2}, {'fsdp': 8}], ids=str)
-def test_any_mesh_imports_the_same_and_each_device_reads_its_own_part(tmp_path, mesh_of, monkeypatch, sizes):
-  source = write(tmp_path / 'in', LLAMA, tensors_of(LLAMA))
+@pytest.mark.parametrize('config, sizes', [
+  (LLAMA, {'fsdp': 4, 'tensor': 2}), (LLAMA, {'data': 2, 'tensor': 2}), (LLAMA, {'fsdp': 8}),
+  (MIXTRAL, {'expert': 4, 'tensor': 2}), (MIXTRAL, {'expert': 2, 'fsdp': 2})],
+                         ids=lambda value: value.get('model_type', value))
+def test_any_mesh_imports_the_same_and_each_device_reads_its_own_part(tmp_path, mesh_of, monkeypatch, config, sizes):
+  source = write(tmp_path / 'in', config, tensors_of(config))
   with mesh_of(1):
     convert.import_directory(source, tmp_path / 'one')
     one = parameters(tmp_path / 'one')
@@ -195,15 +200,15 @@ def test_any_mesh_imports_the_same_and_each_device_reads_its_own_part(tmp_path, 
   monkeypatch.setattr(convert, 'fill', lambda *args: (filled.append(args[3].size), fill(*args)))
   with mesh_of(**sizes):
     convert.import_directory(source, tmp_path / 'many')
-    like, _ = convert.parameters_of(families.read_config(LLAMA)[1])
+    like, slots = convert.parameters_of(families.read_config(config)[1])
     for name, leaf in parameters(tmp_path / 'many').items():
       np.testing.assert_array_equal(leaf, one[name], err_msg=name)
     convert.export_directory(str(tmp_path / 'many'), tmp_path / 'out')
   assert {n: a.tobytes() for n, a in contents(tmp_path / 'out').items()} == {
     n: a.tobytes() for n, a in contents(source).items()}
   assert sum(filled) == sum(leaf.size for leaf in like.values())  # nothing is read twice, though some devices share a part
-  parts = sizes.get('fsdp', 1) * sizes.get('tensor', 1)
-  assert max(filled) == LLAMA['vocab_size'] * LLAMA['hidden_size'] // parts  # the largest weight of all
+  of_a_device = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in like.items()}
+  assert max(filled) == max(math.prod(of_a_device[slot.parameter][slot.row is not None:]) for slot in slots.values())
 
 
 @pytest.mark.parametrize('stored, asked, expected', [
@@ -470,6 +475,8 @@ def test_quickstart_is_expressed_and_what_cannot_be_is_named():
   family, config = families.choose_family(model, None)
   assert config['model_type'] == 'qwen3' and config['layer_types'] == ['sliding_attention'] * 3 + ['full_attention']
   assert families.differences(model, families.read_config(config)[1]) == ["norm.cast=after (not before)"]
+  other = dataclasses.replace(model, norm=dataclasses.replace(model.norm, eps=1.001e-6), embed_scale=1.0 + 1e-9)
+  assert families.differences(model, other) == ['norm.eps=1e-06 (not 1.001e-06)']
   model.pattern[1].mixer.softcap, model.pattern[1].mixer.sinks = 50.0, True
   with pytest.raises(ValueError, match=r'qwen3 cannot express layers\[1\].mixer.softcap=50.0 \(not None\), '):
     families.write_config(family, model)
