@@ -31,8 +31,8 @@ class Experiment:
   any. model: None takes that of init_from. tokens: of the whole run, padding included. microbatches: parts a step's batch is
   computed in. seed: of weights and data order.
 
-  init_from: what the run starts from, a run's workdir (its newest checkpoint), WORKDIR@STEP or a Hugging Face model; its
-  weights alone, and with init_optimizer the state of its optimizer. lora: train adapters of these weights instead of them.
+  init_from: the model whose weights the run starts from: a run's workdir (its newest checkpoint), WORKDIR@STEP or a Hugging
+  Face directory. init_optimizer: go on with the state of its optimizer too. lora: train adapters beside the weights.
   """
 
   name: str

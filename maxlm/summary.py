@@ -7,6 +7,7 @@ import jax
 import tokenizers
 
 from data_pipeline import loader
+from maxlm import lora
 from maxlm.config import Experiment
 from maxlm.decode import generate
 from maxlm.metrics import duration
@@ -28,6 +29,7 @@ def before(workdir: Path) -> dict[str, float]:
 def sample(config: Experiment, corpus: loader.Corpus, params: Decoder) -> str:
   """A few documents that the model makes up; or what it answers in conversations that were held out."""
   tokenizer = tokenizers.Tokenizer.from_file(str(corpus.tokenizer_path))
+  params = jax.jit(lora.merge)(params) if config.lora else params  # decoding may use weights otherwise than as matrices
   chats = corpus.chat_template is not None
   prompts = held_out_questions(corpus, len(PROMPTS)) if chats else [
     [corpus.bos, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in PROMPTS]

@@ -12,13 +12,13 @@ from configs import tiny
 from maxlm import lora
 from maxlm.checkpoint import named_leaves, with_leaves
 from maxlm.data import to_device
-from maxlm.layers.mlp import MlpSpec
-from maxlm.layers.moe import MoeSpec
-from maxlm.models.decoder import ComputeConfig, Decoder, LayerSpec
+from maxlm.models.decoder import ComputeConfig, Decoder
 from maxlm.ops.einsum import Adapted, column_lengths, einsum
 from maxlm.step import StepConfig, gradients, init_state, train_step
 from maxlm.trained import is_adapter
+from tests.models import hidden, perturbed
 from tests.rows import random_batch
+from tests.test_mixers import MODELS
 
 PLAIN = tiny.get_config().model.pattern[1:2]
 
@@ -34,12 +34,14 @@ def step_config(n_layers=1, **changes) -> StepConfig:
 def params_of(config: StepConfig, used: bool) -> Decoder:
   """Fresh parameters; used: with adapters that do something, as after training."""
   params = jax.jit(lambda key: init_state(config, key).params)(jax.random.key(0))
-  if used:
-    rng = np.random.default_rng(0)
-    leaves = {name: jax.device_put(np.asarray(leaf) + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), leaf.sharding)
-              for name, leaf in lora.adapters(params).items()}
-    params = with_leaves(params, leaves)
-  return params
+  return with_noise(params) if used else params
+
+
+def with_noise(params: Decoder) -> Decoder:
+  rng = np.random.default_rng(0)
+  return with_leaves(params, {
+    name: jax.device_put(np.asarray(leaf) + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), leaf.sharding)
+    for name, leaf in lora.adapters(params).items()})
 
 
 def batch_of(rows=8) -> dict[str, np.ndarray]:
@@ -47,9 +49,9 @@ def batch_of(rows=8) -> dict[str, np.ndarray]:
 
 
 def logits(config: StepConfig, params: Decoder, batch: dict) -> np.ndarray:
-  hidden = jax.jit(lambda params, b: params.logits(config.model, params.hidden(
+  run = jax.jit(lambda params, b: params.logits(config.model, params.hidden(
     config.model, config.compute, b['tokens'], b['segment_ids'], b['positions'])))
-  return np.asarray(hidden(params, to_device(batch)))
+  return np.asarray(run(params, to_device(batch)))
 
 
 SIZES = dict(A=2, B=2, T=3, D=8, N=4, H=5, F=6, R=4)
@@ -168,14 +170,19 @@ def test_ranks_and_scales_without_meaning_are_refused():
       config.check()
 
 
-def test_beside_experts_what_is_no_expert_is_adapted(mesh_of):
-  """Traced: an adapted weight that did not go through `ops.einsum` would be a type error."""
-  config = step_config()
-  layer = LayerSpec(mixer=PLAIN[0].mixer, mlp=MoeSpec(n_experts=4, k=2, experts=MlpSpec(d_ff=32), shared=MlpSpec(d_ff=32)))
-  config.model.pattern = (layer,)
+@pytest.mark.parametrize('name', MODELS)
+def test_in_every_mixer_and_beside_experts_merged_equals_unmerged(mesh_of, name):
+  """Of models with all layers there are. A weight that is used otherwise than through `ops.einsum` would be a type error."""
+  model, config = MODELS[name], lora.LoraConfig(rank=2, alpha=3.0, dora=True)
+  batch = random_batch(np.random.default_rng(0), 2, 24, model.vocab_size)
   with mesh_of(1):
-    state = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    jax.eval_shape(functools.partial(train_step, config), state, to_device(batch_of()))
-  adapted = {name.split('.', 2)[2].removesuffix('.lora_a') for name in lora.adapters(state.params) if name.endswith('_a')}
-  assert adapted == {'mixer.w_q_DNH', 'mixer.w_k_DKH', 'mixer.w_v_DKH', 'mixer.w_o_NHD',
-                     'mlp.shared.w_up_DF', 'mlp.shared.w_gate_DF', 'mlp.shared.w_down_FD'}
+    base = perturbed(model)
+    params = with_noise(jax.jit(lambda params: lora.adapt(params, config, jax.random.key(0)))(base))
+    used = hidden(params, batch, model)
+    merged, without, scale = hidden(jax.jit(lora.merge)(params), batch, model), hidden(base, batch, model), np.abs(used).max()
+  np.testing.assert_allclose(merged, used, rtol=0, atol=1e-5 * scale)
+  assert np.abs(without - used).max() > 0.05 * scale
+  matrices = {name for name in named_leaves(base) if '.w_' in name and len(name.rpartition('_')[2]) > 1}
+  adapted = {name.removesuffix('.lora_a') for name in lora.adapters(params) if name.endswith('.lora_a')}
+  assert {name.rpartition('.')[2] for name in matrices - adapted} <= {
+    'w_router_DE', 'w_up_EDF', 'w_gate_EDF', 'w_down_EFD'} and len(adapted) > 8

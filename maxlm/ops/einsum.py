@@ -35,7 +35,7 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
 def _adapted(x_dims: str, w_dims: str, out_dims: str, x: jax.Array, w: Adapted) -> jax.Array:
   """x W + scale (x A) B, each column times magnitude / length: the sum of weights is never made."""
   ins, outs = in_and_out(w_dims)
-  assert x_dims.endswith(ins) and out_dims.endswith(outs), f'{w_dims} is not used as a matrix from {ins} to {outs}'
+  assert x_dims.endswith(ins) and out_dims.endswith(outs), f'{w_dims} is no matrix from {ins} to {outs} here: merge it first'
   low_dims = x_dims.removesuffix(ins) + 'A'
   low = einsum(f'{x_dims},{ins}A->{low_dims}', x, w.a)
   y = einsum(f'{x_dims},{w_dims}->{out_dims}', x, w.base)
