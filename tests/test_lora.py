@@ -179,7 +179,8 @@ def test_in_every_mixer_and_beside_experts_merged_equals_unmerged(mesh_of, name)
     base = perturbed(model)
     params = with_noise(jax.jit(lambda params: lora.adapt(params, config, jax.random.key(0)))(base))
     used = hidden(params, batch, model)
-    merged, without, scale = hidden(jax.jit(lora.merge)(params), batch, model), hidden(base, batch, model), np.abs(used).max()
+    merged, without = hidden(jax.jit(lora.merge)(params), batch, model), hidden(base, batch, model)
+  scale = np.abs(used).max()
   np.testing.assert_allclose(merged, used, rtol=0, atol=1e-5 * scale)
   assert np.abs(without - used).max() > 0.05 * scale
   matrices = {name for name in named_leaves(base) if '.w_' in name and len(name.rpartition('_')[2]) > 1}
