@@ -7,6 +7,7 @@ Each dataclass lives beside the part it configures; here they are composed and c
 
 import collections
 import dataclasses
+import functools
 import math
 
 import jax
@@ -15,7 +16,9 @@ from maxlm.checkpoint import CheckpointConfig
 from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
 from maxlm.layers.attention import AttentionSpec
+from maxlm.layers.mla import MlaSpec
 from maxlm.layers.mlp import MlpSpec
+from maxlm.layers.moe import MoeSpec
 from maxlm.lora import LoraConfig
 from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions
@@ -100,14 +103,16 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
     if weight < 1:
       raise ValueError(f'data.mixture[{source!r}]={weight}: weights are whole numbers from 1; leave a source out to skip it')
   compute = config.compute.resolve(platform)
+  kernel_check = functools.partial(check_attention, compute.kernel, platform, seq_len=data.seq_len, dtype=compute.dtype)
   for i, layer in enumerate(model.pattern):
     if not layer.parts:
       raise ValueError(f'model.pattern[{i}] has neither a mixer nor an mlp')
     for name, part in layer.parts.items():
       part.check(f'model.pattern[{i}].{name}')
     for attention in attentions(layer.mixer):
-      check_attention(compute.kernel, platform, window=attention.window, softcap=attention.softcap,
-                      sinks=attention.sinks, head_dim=attention.head_dim, seq_len=data.seq_len, dtype=compute.dtype)
+      kernel_check(window=attention.window, softcap=attention.softcap, sinks=attention.sinks, head_dim=attention.head_dim)
+    if isinstance(layer.mixer, MlaSpec):
+      kernel_check(window=None, softcap=None, sinks=False, head_dim=layer.mixer.nope_dim + layer.mixer.rope_dim)
   if model.max_positions is not None and data.seq_len > model.max_positions:
     raise ValueError(f'data.seq_len={data.seq_len} is more than the {model.max_positions} positions of the model')
   _check_mesh(config, dict(zip(AXES, config.mesh.shape(n_devices))))
@@ -158,4 +163,6 @@ def kind_of(part) -> str:
       return 'full attention' if window is None else f'window {window}'
     case MlpSpec(d_ff=d_ff):
       return f'mlp {d_ff}'
+    case MoeSpec(n_experts=n_experts, k=k):
+      return f'{k} of {n_experts} experts'
   return type(part).__name__.removesuffix('Spec').lower()

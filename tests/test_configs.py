@@ -3,6 +3,7 @@
 The pod is an abstract mesh: no device, no memory, but every sharding is checked, and the kernel traced is the pod's.
 """
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -16,6 +17,8 @@ from maxlm import typed_json
 from maxlm.config import Experiment, validate
 from maxlm.flags import load_config
 from maxlm.layers import mlp
+from maxlm.layers.mla import MlaSpec
+from maxlm.models.decoder import ComputeConfig, LayerSpec
 from maxlm.sharding import abstract_mesh, spec
 from maxlm.step import init_state, train_step
 
@@ -113,3 +116,28 @@ def test_a_missing_sharding_annotation_is_found(monkeypatch):
   with pytest.raises(Exception, match='out_sharding') as error:
     traced_step(config)
   assert error.type.__name__ == 'ShardingTypeError'
+
+
+LATENT = MlaSpec(n_heads=2, q_rank=None, kv_rank=8, nope_dim=8, rope_dim=4, v_dim=8)
+
+
+@pytest.mark.parametrize('layer, options, message', [
+  (LayerSpec(mixer=None, mlp=None), {}, r'model.pattern\[0\] has neither a mixer nor an mlp'),
+  (LayerSpec(mixer=LATENT, mlp=None), {'compute': ComputeConfig(kernel='splash')}, "'splash' runs on tpu, not on cpu"),
+  (LayerSpec(mixer=dataclasses.replace(LATENT, rope_dim=3), mlp=None), {}, r'model.pattern\[0\].mixer.rope: 3 of 3 dims'),
+  (LayerSpec(mixer=LATENT, mlp=mlp.MlpSpec(d_ff=8, activation='clamped_swiglu')), {},
+   r'model.pattern\[0\].mlp.limit=None: .* takes a positive number')])
+def test_a_layer_that_cannot_be_computed_is_refused(layer, options, message):
+  config = load('tiny')
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=(layer,)), **options)
+  with pytest.raises(ValueError, match=message):
+    validate(config, 'cpu', 1)
+
+
+def test_a_row_longer_than_the_learned_positions_is_refused():
+  config = load('tiny')
+  config.model.max_positions = config.data.seq_len
+  validate(config, 'cpu', 1)
+  config.model.max_positions -= 1
+  with pytest.raises(ValueError, match=r'is more than the \d+ positions of the model'):
+    validate(config, 'cpu', 1)
