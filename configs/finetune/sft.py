@@ -22,7 +22,7 @@ def get_config(arg: str = '') -> Experiment:
   return Experiment(
     name=f'sft-{arg}' if arg else 'sft',
     data=DataConfig(corpus='corpora/sft', recipe='sft', seq_len=256, batch_size=8),
-    optim=OptimConfig(peak_lr=2e-3 if arg else 5e-4, schedule='linear', warmup_tokens=20_000),
+    optim=OptimConfig(peak_lr=2e-3, schedule='linear', warmup_tokens=20_000),
     evals=EvalConfig(every_steps=100, rows=64),
     checkpoint=CheckpointConfig(every_steps=100),
     tokens=500_000,
