@@ -184,7 +184,10 @@ def write_workdir(target: Path, parent: start.Parent, params: Any, facts: dict[s
   for name in ('tokenizer.json', *COMPANIONS):
     if (parent.workdir / name).is_file():
       shutil.copyfile(parent.workdir / name, target / name)
-  meta = {'step': 0, 'model': typed_json.encode(model_of(parent.meta), DecoderConfig), **facts,
+  kept = {name: parent.meta[name] for name in ('config', 'tokenizer', 'bos', 'eot') if name in parent.meta}
+  if 'config' in kept:
+    kept['config'] = kept['config'] | {'lora': None}
+  meta = {'step': 0, 'model': typed_json.encode(model_of(parent.meta), DecoderConfig), **kept, **facts,
           **start.inheritance(parent, target)}
   checkpoints = Checkpoints(target / 'checkpoints')
   checkpoints.save(0, params=params, opt=None, meta=meta)

@@ -19,7 +19,7 @@ from configs.finetune import sft
 from data_pipeline import build, chat, loader
 from data_pipeline.recipe import Recipe
 from data_pipeline.sources.chat_files import ChatFiles
-from maxlm import flags, start, train, typed_json
+from maxlm import flags, peft, start, train, typed_json
 from maxlm.checkpoint import Checkpoints, named_leaves
 from maxlm.config import Experiment, validate
 from maxlm.data import to_device
@@ -286,7 +286,11 @@ def test_a_lora_run_saves_adapters_alone_resumes_to_the_same_bits_and_is_a_model
   resumed = resumed_from(runs / 'lora', 4, runs / 'resumed')
   assert train.run(config, resumed) == 0 and same(saved(resumed, 8), items)
   with mesh_of(1):
+    peft.merge(str(runs / 'lora'), runs / 'merged')
     merged = arrays(load_params(Checkpoints(runs / 'lora' / 'checkpoints'), 8))
+    assert same(arrays(load_params(Checkpoints(runs / 'merged' / 'checkpoints'), 0)), merged)
+    metas = [Checkpoints(runs / name / 'checkpoints').meta(step) for name, step in (('lora', 8), ('merged', 0))]
+    assert metas[1]['config'] == metas[0]['config'] | {'lora': None} and metas[1]['bos'] == metas[0]['eot'] == 0
     base = arrays(load_params(Checkpoints(runs / 'parent' / 'checkpoints'), 12))
     changed = {name for name in base if not np.array_equal(base[name], merged[name])}
     assert changed == {name for name in base if '.w_' in name}
