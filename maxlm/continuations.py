@@ -20,7 +20,7 @@ from data_pipeline.pack import best_fit_decreasing
 from maxlm.load import Model
 from maxlm.sharding import axis_size, spec
 
-ROW = 2048  # tokens of a row, about; an input that is longer has a row of its own, and fewer rows go at a time
+ROW = 2048  # tokens: rows that are shorter are more at a time, longer ones fewer
 HELD_LOGITS = 1 << 26  # logits at a time: 256 MiB in fp32
 
 Request = tuple[Sequence[int], Sequence[int]]  # context, continuation
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 class Scorer:
   """Answers requests; what was compiled for one call serves the next ones.
 
-  max_length: tokens that the model is given at most. batch_size: rows of about ROW tokens at a time.
+  max_length: tokens that the model is given at most. batch_size: rows at a time, of ROW tokens.
   """
 
   def __init__(self, model: Model, *, max_length: int, batch_size: int):
@@ -61,9 +61,9 @@ class Scorer:
     riders = shared(inputs)
     hosts = sorted(riders)
     lengths = [len(inputs[host]) for host in hosts]
-    T = row_length(lengths)
-    rows = [[hosts[i] for i in members] for members in best_fit_decreasing(lengths, T)] if hosts else []
-    at_a_time = max(1, self.batch_size * ROW // max(T, ROW))
+    T, rows = packed(lengths, self.model.model.d_model) if hosts else (1, [])
+    rows = [[hosts[i] for i in members] for members in rows]
+    at_a_time = rows_at_a_time(self.batch_size, T)
     for start in range(0, len(rows), at_a_time):
       batch = rows[start:start + at_a_time]
       B = min(at_a_time, 1 << (len(batch) - 1).bit_length())  # of the last batch: one more program, not one for each number
@@ -115,11 +115,24 @@ def shared(inputs: Sequence[np.ndarray]) -> dict[int, list[int]]:
   return riders
 
 
-def row_length(lengths: Sequence[int]) -> int:
-  """Rows hold a whole number of the longest input, so that inputs of one length fill them; a multiple of 128 (splash)."""
-  longest = max(lengths, default=1)
-  room = min(sum(lengths), max(1, ROW // longest) * longest)
-  return room + -room % 128
+def packed(lengths: Sequence[int], d_model: int) -> tuple[int, list[list[int]]]:
+  """The length of rows, a multiple of 128 (for splash), and which inputs each row holds.
+
+  A row of T tokens costs about 24 T D^2 FLOPs a layer for the weights and 2 T^2 D for attention, which looks past the ends
+  of documents: long rows have less padding, short ones less attention.
+  """
+  longest, choices = max(lengths), {}
+  for doublings in range(max(2, (ROW // longest).bit_length())):
+    T = longest << doublings
+    T += -T % 128
+    rows = best_fit_decreasing(lengths, T)
+    choices[len(rows) * T * (12 * d_model + T)] = T, rows
+  return choices[min(choices)]
+
+
+def rows_at_a_time(batch_size: int, length: int) -> int:
+  """Rows of `length` tokens that have together no more than `batch_size` of ROW tokens; at least one."""
+  return max(1, batch_size * ROW // length)
 
 
 def _hidden(config, compute, params, tokens_BT, segment_ids_BT, positions_BT):

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from maxlm import typed_json
-from maxlm.continuations import ROW, Scorer
+from maxlm.continuations import Scorer, rows_at_a_time
 from maxlm.decode import Generator
 from maxlm.load import Model
 from maxlm.models.decoder import DecoderConfig
@@ -65,7 +65,7 @@ class HarnessLM(TemplateLM):
   """A model as the harness sees it.
 
   max_length: tokens that the model is given at most; of longer contexts the end (None: as in training). batch_size: rows
-  of about ROW tokens at a time. cache: a directory for answers ('': none).
+  of 2,048 tokens at a time, or as many tokens in other rows. cache: a directory for answers ('': none).
   """
 
   def __init__(self, model: Model, *, max_length: int | None = None, batch_size: int = 8, cache: str = ''):
@@ -139,7 +139,7 @@ class HarnessLM(TemplateLM):
     for group in groups.values():
       group.sort(key=lambda i: len(requests[i][1]), reverse=True)
       how = requests[group[0]][2]
-      size = max(1, self.batch_size * ROW // max(ROW, power_of_two(len(requests[group[0]][1])) + how['max_tokens']))
+      size = rows_at_a_time(self.batch_size, power_of_two(len(requests[group[0]][1])) + how['max_tokens'])
       for batch in (group[start:start + size] for start in range(0, len(group), size)):
         yield from zip(batch, self._write_batch([requests[i] for i in batch], how, size))
 

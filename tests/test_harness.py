@@ -141,15 +141,17 @@ def test_what_begins_another_input_rides_on_it():
   assert len(found) == 5
 
 
-def test_rows_are_full(model):
+def test_rows_are_full():
   rng = np.random.default_rng(1)
   for longest in (5, 60, 200, 700, 1500, 5000):
-    lengths = rng.integers(longest // 2, longest + 1, 500).tolist() + [longest]
-    T = continuations.row_length(lengths)
-    rows = continuations.best_fit_decreasing(lengths, T)
-    assert T % 128 == 0 and longest <= T <= max(continuations.ROW, longest) + 127
-    assert sum(lengths) > 0.9 * T * len(rows) or longest > continuations.ROW / 2
-  assert continuations.row_length([7]) == 128 and continuations.row_length([300] * 900) == 1920
+    for least in (1, longest // 2, longest):
+      lengths = rng.integers(least, longest + 1, 500).tolist()
+      T, rows = continuations.packed(lengths, d_model=1024)
+      assert T % 128 == 0 and sorted(i for row in rows for i in row) == list(range(500))
+      assert max(sum(lengths[i] for i in row) for row in rows) <= T
+      assert sum(lengths) > 0.85 * T * (len(rows) - 1) or longest > 4 * 1024  # there, attention would cost more
+  assert continuations.packed([7], 1024) == (128, [[0]])
+  assert continuations.packed([1024] * 9, 64)[0] == 1024  # where attention is dear and a longer row gains nothing
 
 
 def test_a_text_is_split_as_the_harness_says(model):
@@ -258,7 +260,7 @@ def test_samples_differ_and_are_the_same_again_and_a_greedy_text_is_written_once
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(model, requests, tmp_path, monkeypatch):
-  monkeypatch.setattr(continuations, 'ROW', 256)
+  monkeypatch.setattr(continuations, 'ROW', 512)
   asked = [(('', ''), *pair) for pair in requests]
   expected = harness.HarnessLM(model, batch_size=1)._loglikelihood_tokens(asked)
   lm = harness.HarnessLM(model, batch_size=1, cache=tmp_path)
