@@ -26,6 +26,13 @@ jax.config.update('jax_num_cpu_devices', 8)
 from maxlm.sharding import MeshConfig, make_mesh
 
 
+@pytest.fixture(scope='module', autouse=True)
+def no_mesh_is_left():
+  """A mesh that a module's tests set for good, as commands do, is gone after them: others begin without one."""
+  with jax.set_mesh(jax.sharding.get_mesh()):
+    yield
+
+
 @pytest.fixture(scope='session')
 def mesh_of():
   """A context in which a mesh of fake devices is the current one; it yields the mesh.
