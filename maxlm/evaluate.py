@@ -69,6 +69,11 @@ def main() -> int:
 
 
 def evaluate_tasks() -> int:
+  for flag, least in ((NUM_FEWSHOT, 0), (LIMIT, 1), (MAX_LENGTH, 1)):
+    if flag.value is not None and flag.value < least:
+      raise ValueError(f'--{flag.name}={flag.value} must be at least {least}')
+  if DATA.value:
+    raise ValueError('give --tasks or --data, not both')
   try:
     from maxlm import harness
   except ModuleNotFoundError as error:
@@ -77,11 +82,6 @@ def evaluate_tasks() -> int:
     raise OSError("--tasks needs lm-evaluation-harness: pip install -e '.[eval]'") from None
   from lm_eval.utils import make_table
 
-  for flag, least in ((NUM_FEWSHOT, 0), (LIMIT, 1), (MAX_LENGTH, 1)):
-    if flag.value is not None and flag.value < least:
-      raise ValueError(f'--{flag.name}={flag.value} must be at least {least}')
-  if DATA.value:
-    raise ValueError('give --tasks or --data, not both')
   multiprocessing.set_start_method('forkserver', force=True)  # the harness's processes; JAX's threads do not survive a fork
   model = load(CHECKPOINT.value)
   report = harness.run(model, TASKS.value, task_dir=TASK_DIR.value, num_fewshot=NUM_FEWSHOT.value, limit=LIMIT.value,

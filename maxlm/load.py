@@ -21,8 +21,8 @@ from maxlm.sharding import MeshConfig, make_mesh
 class Model:
   """model: the architecture. config: of the run that trained it (None: imported). compute: for this machine. tokenizer_text:
   its file, or None. bos: the token that begins a document, if there is one; begins: prompts get it here, not from the
-  tokenizer. eos: the tokens that end a document. max_length: tokens of its longest documents in training, where that is
-  known. step: of the checkpoint."""
+  tokenizer. eos: the tokens that end a document. max_length: tokens of the longest documents it is made for, where
+  that is known. step: of the checkpoint."""
 
   model: DecoderConfig
   config: Experiment | None
@@ -68,12 +68,15 @@ def load(checkpoint: str, dtype: str | None = None) -> Model:
   ends = document_ends(workdir, hf, tokenizer)
   if config:  # documents begin and end as in the corpus
     bos, eot = (meta.get(name, tokenizer.token_to_id(END_OF_TEXT)) for name in ('bos', 'eot'))
-    ends = {'bos': bos, 'begins': True, 'eos': tuple(dict.fromkeys((eot, *ends['eos']))), 'max_length': config.data.seq_len}
-  else:
-    ends['max_length'] = hf.get('max_position_embeddings') or hf.get('n_positions')  # GPT-2's name for it
+    ends = {'bos': bos, 'begins': True, 'eos': tuple(dict.fromkeys((eot, *ends['eos'])))}
+  text_config = hf | hf.get('text_config', {})
+  lengths = (text_config.get('max_position_embeddings') or text_config.get('n_positions'),  # GPT-2's name for it
+             config and config.data.seq_len)
+  max_length = max(filter(None, lengths), default=None)
   jax.set_mesh(make_mesh(MeshConfig()))
   return Model(model=model, config=config, compute=compute.resolve(jax.default_backend()), tokenizer=tokenizer,
-               params=load_params(checkpoints, step, model), tokenizer_text=text, step=step, **ends)
+               params=load_params(checkpoints, step, model), tokenizer_text=text,
+               max_length=max_length, step=step, **ends)
 
 
 def document_ends(workdir: epath.Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any]:
