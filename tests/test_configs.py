@@ -19,7 +19,7 @@ from maxlm.flags import load_config
 from maxlm.layers import mlp
 from maxlm.layers.mla import MlaSpec
 from maxlm.models.decoder import ComputeConfig, LayerSpec
-from maxlm.sharding import abstract_mesh, spec
+from maxlm.sharding import abstract_mesh, axes, spec
 from maxlm.step import init_state, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -87,15 +87,15 @@ def test_big_weights_are_split_over_the_whole_pod(name):
   """What a device holds of parameters and optimizer is near a devices-th of them: nothing big is replicated."""
   config = load(name)
   state, *_ = traced_step(config)
-  sizes = dict(zip(('data', 'fsdp', 'expert', 'context', 'tensor'), config.mesh.shape(config.pod_devices)))
+  sizes = abstract_mesh(config.mesh, config.pod_devices).shape
 
   def parts(leaf) -> int:
-    axes = [axis for entry in leaf.sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-    return math.prod(sizes[axis] for axis in axes)
+    split = [axis for entry in leaf.sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    return math.prod(sizes[axis] for axis in split)
 
   leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.ndim]
   held = sum(leaf.size / parts(leaf) for leaf in leaves)
-  assert held < 1.01 * sum(leaf.size for leaf in leaves) / (sizes['fsdp'] * sizes['tensor']) + 2e6
+  assert held < 1.01 * sum(leaf.size for leaf in leaves) / math.prod(sizes[axis] for axis in axes('DF')) + 2e6
 
 
 def test_a_mesh_that_heads_do_not_divide_into_is_found():
