@@ -28,6 +28,7 @@ from maxlm.layers.parallel import ParallelSpec
 from maxlm.layers.param import normal
 from maxlm.layers.rope import RopeSpec, rope_table
 from maxlm.layers.rows import Past, Rows, rope_key
+from maxlm.ops.embedding import look_up
 from maxlm.sharding import spec as shard
 
 Mixer = AttentionSpec | MlaSpec | Mamba2Spec | DeltaSpec | LightningSpec | ParallelSpec
@@ -213,16 +214,12 @@ class Decoder(nnx.Module):
     return self._finish(config, x_BTD), new_caches
 
   def embed(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, positions_BT) -> jax.Array:
-    """Embeddings [B, T, D] in the compute dtype. The table is gathered over fsdp, not over tensor."""
-    def look_up(table, dims, index_BT):
-      table = jax.reshard(table.astype(compute.dtype), shard(dims, gathered=True))
-      return table.at[index_BT].get(out_sharding=shard('BTD'))
-
-    x_BTD = look_up(self.embed_VD[...], 'VD', tokens_BT)
+    """Embeddings [B, T, D] in the compute dtype."""
+    x_BTD = look_up(self.embed_VD[...], tokens_BT, compute.dtype)
     if config.embed_scale != 1.0:
       x_BTD *= config.embed_scale
     if config.max_positions is not None:
-      x_BTD += look_up(self.positions_PD[...], 'PD', positions_BT)
+      x_BTD += look_up(self.positions_PD[...], positions_BT, compute.dtype, 'PD')
     return x_BTD
 
   def _finish(self, config, x_BTD):

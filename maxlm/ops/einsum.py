@@ -1,11 +1,12 @@
 """The one place where activations meet weights.  A rank of an adapter"""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.sharding import spec
+from maxlm.sharding import axes, spec
 
 
 class Adapted(NamedTuple):
@@ -21,15 +22,67 @@ class Adapted(NamedTuple):
 def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
   """`jnp.einsum(dims, x, w)` of an activation with a master weight; the letters of `dims` give every sharding.
 
-  The weight is cast to the activation's dtype and gathered over fsdp here, where it is used: under remat it is gathered
-  again in the backward pass rather than kept, and its gradient leaves as a scatter. einsum('BTD,DF->BTF', x_BTD, w_DF).
+  The weight is cast to the activation's dtype and gathered over fsdp here, where it is used, and again for the backward
+  pass rather than kept. Its gradient is summed over devices in that dtype. einsum('BTD,DF->BTF', x_BTD, w_DF).
   """
-  inputs, out_dims = dims.split('->')
-  x_dims, w_dims = inputs.split(',')
+  x_dims, w_dims, out_dims = _split(dims)
   if isinstance(w, Adapted):
     return _adapted(x_dims, w_dims, out_dims, x, w)
-  w = jax.reshard(w.astype(x.dtype), spec(w_dims, gathered=True))
-  return jnp.einsum(dims, x, w, out_sharding=spec(out_dims))
+  return _product(dims, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(dims, x, w):
+  _, w_dims, out_dims = _split(dims)
+  return jnp.einsum(dims, x, _gathered(w_dims, w, x.dtype), out_sharding=spec(out_dims))
+
+
+def _forward(dims, x, w):
+  """A frozen weight gets no gradient, nor does data: then nothing is kept for it."""
+  return _product(dims, x.value, w.value), (x.value if w.perturbed else None, w.value)
+
+
+def _backward(dims, residuals, dy):
+  """JAX's own gradient of a gathered weight is a sum over all devices, of which each then takes its part: twice the bytes of
+  a scatter, which a TPU's compiler makes only of sums over one dimension of its torus after another."""
+  (x, w), (x_dims, w_dims, out_dims) = residuals, _split(dims)
+  dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', dy, _gathered(w_dims, w, dy.dtype), out_sharding=spec(x_dims))
+  if x is None:
+    return dx, None
+  summed = axes(''.join(dim for dim in dict.fromkeys(x_dims + out_dims) if dim not in w_dims))
+
+  def island(x, dy):
+    return scatter(w_dims, jnp.einsum(f'{x_dims},{out_dims}->{w_dims}', x, dy), summed)
+
+  dw = jax.shard_map(island, in_specs=(spec(x_dims), spec(out_dims)), out_specs=spec(w_dims))(x, dy)
+  return dx, dw.astype(w.dtype)
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def scatter(dims: str, partial: jax.Array, summed: tuple[str, ...]) -> jax.Array:
+  """Inside an island: the sum over mesh axes `summed` of a weight's gradient, of which a device keeps the part it has of the
+  weight. Scattered over one axis after another, then summed over those that do not split the weight."""
+  scattered = [(axis, i) for i, dim in enumerate(dims) for axis in split_axes(dims, i) if axis in summed]
+  for axis, i in scattered:
+    partial = jax.lax.psum_scatter(partial, axis, scatter_dimension=i, tiled=True)
+  return jax.lax.psum(partial, tuple(axis for axis in summed if axis not in dict(scattered)))
+
+
+def split_axes(dims: str, i: int) -> tuple[str, ...]:
+  """Mesh axes over which the i-th dimension of an array of `dims` is split."""
+  split = spec(dims)[i]
+  return split if isinstance(split, tuple) else (split,) if split else ()
+
+
+def _gathered(w_dims, w, dtype):
+  return jax.reshard(w.astype(dtype), spec(w_dims, gathered=True))
+
+
+def _split(dims):
+  inputs, out_dims = dims.split('->')
+  return *inputs.split(','), out_dims
 
 
 def _adapted(x_dims: str, w_dims: str, out_dims: str, x: jax.Array, w: Adapted) -> jax.Array:

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from maxlm.ops.einsum import scatter
 from maxlm.sharding import axes, spec
 
 # Tokens a device takes at a time. Adding a chunk's part to the fp32 gradient of w moves 8·D·V bytes for its 2·chunk·D·V
@@ -65,8 +66,7 @@ def _island(x_BTD, w_DV, targets_BT, weights_BT, softcap, z_loss, chunk, *, with
 
   def local(x_BTD, w_DV, targets_BT, weights_BT):
     w_DV = jax.lax.pcast(w_DV.astype(x_BTD.dtype), replicas, to='varying')
-    for axis in reversed(axes('D')):
-      w_DV = jax.lax.all_gather(w_DV, axis, axis=0, tiled=True)
+    w_DV = jax.lax.all_gather(w_DV, axes('D'), axis=0, tiled=True)
     D = x_BTD.shape[-1]
     tokens = x_BTD.reshape(-1, D), targets_BT.reshape(-1), weights_BT.reshape(-1).astype(jnp.float32)
     loss, nll_C, gradients = _over_chunks(w_DV, tokens, softcap, z_loss, chunk, with_gradients)
@@ -74,9 +74,8 @@ def _island(x_BTD, w_DV, targets_BT, weights_BT, softcap, z_loss, chunk, *, with
     if not with_gradients:
       return loss, nll_BT, ()
     dx_CD, dw_DV = gradients
-    for axis in axes('D'):  # one mesh axis after another: only so does a TPU reduce and scatter in one go
-      dw_DV = jax.lax.psum_scatter(dw_DV, axis, scatter_dimension=0, tiled=True)
-    return loss, nll_BT, (dx_CD.reshape(x_BTD.shape), jax.lax.psum(dw_DV, replicas))
+    dw_DV = scatter('DV', dw_DV.astype(x_BTD.dtype), axes('BT'))
+    return loss, nll_BT, (dx_CD.reshape(x_BTD.shape), dw_DV.astype(jnp.float32))
 
   gradients = (spec('BTD'), spec('DV')) if with_gradients else ()
   return jax.shard_map(
