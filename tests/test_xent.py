@@ -52,13 +52,13 @@ def loss_by_definition(x, w, targets, weights, softcap, z_loss):
 OPTIONS = [dict(), dict(softcap=3.0), dict(z_loss=0.01), dict(softcap=3.0, z_loss=0.01)]
 
 
-@pytest.mark.parametrize('chunk', [7, 60, None])
+@pytest.mark.parametrize('parts', [{'chunk': 7}, {'chunk': 60}, {}, {'block': 10}, {'block': 64}], ids=str)
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
-def test_value_and_gradients_agree_with_the_reference(mesh_of, options, chunk):
-  """60 tokens: in chunks of 7 they need padding, 60 and None are one chunk."""
+def test_value_and_gradients_agree_with_the_reference(mesh_of, options, parts):
+  """60 tokens: in chunks of 7 they need padding, 60 and none are one chunk; 48 columns do in blocks of 10."""
   arrays = example()
   with mesh_of(1):
-    assert_close(value_and_gradients(arrays, chunk=chunk, **options), value_and_gradients(arrays, reference, **options))
+    assert_close(value_and_gradients(arrays, **parts, **options), value_and_gradients(arrays, reference, **options))
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
@@ -89,13 +89,14 @@ def test_both_gradients_carry_what_is_done_with_the_loss(mesh_of, of):
 
 @pytest.mark.parametrize('sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 8}, {'data': 8}, {'fsdp': 2, 'tensor': 4},
                                    {'data': 2, 'expert': 2, 'fsdp': 2}], ids=str)
-def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh_of, sizes):
+@pytest.mark.parametrize('parts', [{'chunk': 4}, {'block': 5}], ids=str)
+def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh_of, sizes, parts):
   arrays = example(B=8)
   options = dict(softcap=3.0, z_loss=0.01)
   with mesh_of(1):
     one = value_and_gradients(arrays, reference, **options)
   with mesh_of(8, **{'fsdp': 1, **sizes}):
-    assert_close(value_and_gradients(arrays, chunk=4, **options), one)
+    assert_close(value_and_gradients(arrays, **parts, **options), one)
 
 
 def test_nll_carries_no_gradient(mesh_of):
@@ -105,14 +106,15 @@ def test_nll_carries_no_gradient(mesh_of):
   assert all((np.asarray(g) == 0).all() for g in gradients)
 
 
-def test_no_array_of_tokens_by_vocabulary_exists_and_products_are_three_with_gradients_and_one_without(mesh_of):
-  B, T, D, V, chunk = 4, 64, 16, 1024, 8
+@pytest.mark.parametrize('parts, products', [({'chunk': 8}, 3), ({'block': 128}, 4)], ids=str)
+def test_no_array_of_tokens_by_vocabulary_exists_and_products_are_three_or_four_with_gradients(mesh_of, parts, products):
+  B, T, D, V = 4, 64, 16, 1024
   with mesh_of(4, tensor=2):
     arrays = place(example(B, T, D, V), DIMS)
-    run = functools.partial(xent.cross_entropy, softcap=3.0, z_loss=0.01, chunk=chunk)
+    run = functools.partial(xent.cross_entropy, softcap=3.0, z_loss=0.01, **parts)
     with_gradients = jax.make_jaxpr(jax.grad(lambda *a: run(*a)[0], argnums=(0, 1)))(*arrays)
     without = jax.make_jaxpr(run)(*arrays)
-  for program, n_products in ((with_gradients, 3), (without, 1)):
+  for program, n_products in ((with_gradients, products), (without, 1)):
     found = list(equations(program.jaxpr))
     largest = max(math.prod(v.aval.shape) for e in found for v in e.outvars)
     assert largest <= D * V < (B * T // 2) * (V // 2)  # at most w itself, where a device's logits would be more
