@@ -21,8 +21,9 @@ from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.moe import MoeSpec
 from maxlm.lora import LoraConfig
 from maxlm.losses import LossConfig
-from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions
+from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions, expert_layers
 from maxlm.ops.attention import check_attention
+from maxlm.ops.exchange import exchange_for
 from maxlm.optim import OptimConfig
 from maxlm.sharding import AXES, RULES, MeshConfig
 from maxlm.step import StepConfig
@@ -92,6 +93,7 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   if not model.pattern:
     raise ValueError('model.pattern is empty: it needs at least one LayerSpec')
   config.optim.check(config.n_steps * config.tokens_per_step)
+  config.loss.check()
   if config.lora is not None:
     config.lora.check()
   if not config.init_from and (config.lora is not None or config.init_optimizer):
@@ -115,12 +117,14 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
       kernel_check(window=None, softcap=None, sinks=False, head_dim=layer.mixer.nope_dim + layer.mixer.rope_dim)
   if model.max_positions is not None and data.seq_len > model.max_positions:
     raise ValueError(f'data.seq_len={data.seq_len} is more than the {model.max_positions} positions of the model')
-  _check_mesh(config, dict(zip(AXES, config.mesh.shape(n_devices))))
+  sizes = dict(zip(AXES, config.mesh.shape(n_devices)))
+  _check_mesh(config, sizes)
+  _check_experts(config, sizes)
 
 
 def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
   """ValueError unless every split dimension divides by the mesh axes it is split over."""
-  for axis in (*RULES['E'], *RULES['T']):
+  for axis in RULES['T']:
     if sizes[axis] > 1:
       raise ValueError(f'mesh.{axis}={sizes[axis]}: no layer of this version is split over {axis}; set it to 1')
   dims = {'model.vocab_size': ('V', config.model.vocab_size), 'model.d_model': ('D', config.model.d_model)}
@@ -139,6 +143,26 @@ def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
                      f'({" x ".join(RULES["B"])} of the mesh): use a multiple of {unit}, such as {-(-rows // unit) * unit}')
 
 
+def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
+  """ValueError for what has no meaning without experts, or without devices that share them."""
+  compute, axis = config.compute, RULES['E'][0]
+  shared = f'devices share experts where mesh.{axis} is more than 1, and here it is {sizes[axis]}'
+  if sizes[axis] > 1 and not expert_layers(config.model):
+    raise ValueError(f'mesh.{axis}={sizes[axis]}: the model has no experts to split; set it to 1 and use fsdp')
+  if compute.exchange not in (None, 'gather', 'all_to_all'):
+    raise ValueError(f'compute.exchange={compute.exchange!r} is neither gather nor all_to_all')
+  if compute.exchange is not None and sizes[axis] == 1:
+    raise ValueError(f'compute.exchange={compute.exchange!r}: {shared}; leave it None')
+  if compute.capacity is not None and (sizes[axis] == 1 or compute.capacity < 1):
+    raise ValueError(f'compute.capacity={compute.capacity}: {shared}; leave it None, and nothing is dropped' if sizes[axis] == 1
+                     else f'compute.capacity={compute.capacity} must be at least 1, the average load of a device')
+  if compute.benchmark_routing not in (None, 'balanced'):
+    raise ValueError(f"compute.benchmark_routing={compute.benchmark_routing!r} must be None or 'balanced'")
+  if compute.benchmark_routing and 'benchmark' not in config.name:
+    raise ValueError(f'compute.benchmark_routing={compute.benchmark_routing!r} does not train the routers: set it to None, or '
+                     'give the run a name with "benchmark" in it')
+
+
 def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   """The lines a run starts with: what will be computed, how, and on what."""
   model, compute = config.model, config.compute.resolve(platform)
@@ -147,13 +171,31 @@ def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   meant = ''
   if config.pod and len(devices) != config.pod_devices:
     meant = f'pod      meant for {config.pod}, {config.pod_devices} devices; this machine has {len(devices)}\n'
+  experts = _describe_experts(config)
   return (f'{meant}model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers '
           f'({", ".join(f"{n} x {kind}" for kind, n in kinds.items())}), '
           f'width {model.d_model}, vocabulary {model.vocab_size}\n'
           f'compute  {len(devices)} x {devices[0].device_kind}, {compute.dtype}, attention kernel {compute.kernel}, '
-          f'remat {compute.remat}\n'
+          f'remat {compute.remat}\n{experts}'
           f'steps    {config.n_steps:,} of {config.data.batch_size} x {config.data.seq_len} = '
           f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step:,} tokens in all')
+
+
+def _describe_experts(config: Experiment) -> str:
+  """A line on how tokens come to their experts, and a loud one where the routers do not decide."""
+  lines, devices = [], dict(zip(AXES, config.mesh.shape(jax.device_count())))[RULES['E'][0]]
+  for spec, layers in expert_layers(config.model):
+    way = 'all on each device, none dropped'
+    if devices > 1:
+      capacity = config.compute.capacity
+      exchange = config.compute.exchange or f'{exchange_for(spec.k, devices)} (of less bytes x links)'
+      fits = 'none dropped' if capacity is None else f'at most {capacity} times the average load of a device'
+      way = f'on {devices} devices, {exchange}, {fits}'
+    lines.append(f'experts  {spec.k} of {spec.n_experts} in {len(layers)} layers: {way}')
+  if config.compute.benchmark_routing:
+    lines.append(f'WARNING  {config.compute.benchmark_routing.upper()} ROUTING, a benchmark: experts in turn, the routers do not '
+                 'decide and the model learns nothing of worth')
+  return ''.join(f'{line}\n' for line in lines)
 
 
 def kind_of(part) -> str:

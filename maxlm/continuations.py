@@ -136,7 +136,7 @@ def rows_at_a_time(batch_size: int, length: int) -> int:
 
 
 def _hidden(config, compute, params, tokens_BT, segment_ids_BT, positions_BT):
-  x_BTD = params.hidden(config, compute, tokens_BT, segment_ids_BT, positions_BT)
+  x_BTD, _ = params.hidden(config, compute, tokens_BT, segment_ids_BT, positions_BT)
   return jax.reshard(x_BTD, jax.P(*spec('B'), None, None))
 
 

@@ -101,7 +101,7 @@ def score(model: Model, params, batch: dict) -> dict[str, jax.Array]:
 
 def hits(model: Model, params, batch: dict) -> jax.Array:
   """Targets that count and are the token with the highest logit, a few positions of every row at a time."""
-  x_BTD = params.hidden(model.model, model.compute, batch['tokens'], batch['segment_ids'], batch['positions'])
+  x_BTD, _ = params.hidden(model.model, model.compute, batch['tokens'], batch['segment_ids'], batch['positions'])
   T = batch['targets'].shape[1]
   chunk = next(n for n in range(min(HEAD_TOKENS, T), 0, -1) if T % n == 0)
 

@@ -18,6 +18,7 @@ SHOWN = {
   'mfu': lambda value: f'MFU {value:.1%}',
   'learning_rate': lambda value: f'lr {value:.2e}',
   'grad_norm': lambda value: f'grad norm {value:.3g}',
+  'moe/load_violation': lambda value: f'load violation {value:.2f}',
 }
 
 

@@ -74,7 +74,7 @@ def score(model: Model, tokens: np.ndarray, *, batch_size: int, logits: bool = F
 def _score(config, compute, logits, params, tokens_BT):
   B, T = tokens_BT.shape
   positions_BT = jax.lax.broadcasted_iota(jnp.int32, (B, T), 1, out_sharding=spec('BT')) * (tokens_BT >= 0)
-  x_BTD = params.hidden(config, compute, jnp.maximum(tokens_BT, 0), (tokens_BT >= 0).astype(jnp.int32), positions_BT)
+  x_BTD, _ = params.hidden(config, compute, jnp.maximum(tokens_BT, 0), (tokens_BT >= 0).astype(jnp.int32), positions_BT)
   next_BT = jnp.roll(jax.reshard(tokens_BT, spec('BM')), -1, axis=1)  # M: time is whole
   scored_BT = jax.reshard((next_BT >= 0) & (jnp.arange(T) < T - 1), spec('BT'))
   next_BT = jax.reshard(jnp.maximum(next_BT, 0), spec('BT'))

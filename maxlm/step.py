@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from maxlm import lora
-from maxlm.losses import LossConfig, next_token_loss
-from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from maxlm.checkpoint import named_leaves, with_leaves
+from maxlm.losses import LossConfig, next_token_loss, router_metrics
+from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig, expert_layers, stack_of_layer
 from maxlm.optim import OptimConfig, learning_rate, optimizer
 from maxlm.sharding import spec
-from maxlm.trained import first_rows, put, take
+from maxlm.trained import BALANCED, first_rows, not_frozen, put, take
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +59,8 @@ def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[Trai
   """(next state, metrics) for one batch: the fields of `data_pipeline.pack`, int32 [B, T], and source int32 [B].
 
   The loss is the mean over the batch's targets that count, however many microbatches it is computed in. Metrics are fp32
-  device arrays: loss and loss_by_source (mean nll, nats a token), grad_norm, learning_rate; and tokens_by_source, int32.
+  device arrays: loss and loss_by_source (mean nll, nats a token), grad_norm, learning_rate, and of layers with experts
+  `losses.router_metrics`; and tokens_by_source, int32.
   """
   n_tokens = jnp.sum(batch['loss_mask']).astype(jnp.float32)
   grads, sums = gradients(config, state.params, batch, n_tokens)
@@ -67,12 +69,14 @@ def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[Trai
   trained = take(state.params, rows)
   updates, opt = optimizer(config.optim).update(grads, state.opt, trained)
   params = put(state.params, rows, jax.tree.map(lambda w, u: w - lr * u, trained, updates))
+  params = balanced(config, params, sums['routers'])
   metrics = {
     'loss': jnp.sum(sums['nll_by_source']) / n_tokens,
     'loss_by_source': sums['nll_by_source'] / jnp.maximum(sums['tokens_by_source'], 1),
     'tokens_by_source': sums['tokens_by_source'],
     'grad_norm': optax.tree.norm(grads),
     'learning_rate': lr,
+    'routers': router_metrics(config.model, sums['routers'], n_real(batch)),
   }
   return TrainState(step=state.step + 1, params=params, opt=opt), metrics
 
@@ -82,8 +86,11 @@ def gradients(config: StepConfig, params: Decoder, batch: dict, n_tokens: jax.Ar
   rows = first_rows(config.optim, config.model, params)
 
   def loss_fn(trained, part):
-    loss_sum, nll_BT = next_token_loss(put(params, rows, trained), config.model, config.compute, config.loss, part)
-    return loss_sum / n_tokens, sums_by_source(nll_BT, part, config.n_sources)
+    loss_sum, nll_BT, routers = next_token_loss(put(params, rows, trained), config.model, config.compute, config.loss, part)
+    loss = loss_sum / n_tokens
+    for sums in routers:
+      loss += sums['loss'] / n_real(batch)
+    return loss, {**sums_by_source(nll_BT, part, config.n_sources), 'routers': routers}
 
   def gradient(part):
     return jax.grad(loss_fn, has_aux=True)(take(params, rows), part)
@@ -95,6 +102,29 @@ def gradients(config: StepConfig, params: Decoder, batch: dict, n_tokens: jax.Ar
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
   total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts)
   return total
+
+
+def n_real(batch: dict) -> jax.Array:
+  """Tokens of a batch that are not padding, fp32."""
+  return jnp.maximum(jnp.sum(batch['segment_ids'] > 0), 1).astype(jnp.float32)
+
+
+def balanced(config: StepConfig, params: Decoder, routers: list[dict[str, jax.Array]]) -> Decoder:
+  """The parameters with each selection bias a step of `loss.bias_rate` towards the experts that got less than the mean of
+  the whole batch (arXiv 2408.15664, algorithm 1), where it is not frozen. routers: `losses.router_sums` of the batch."""
+  free = not_frozen(config.optim, config.model, params)
+  rows = {name: first for name, first in free.items() if name.endswith(BALANCED)}
+  leaves, moved, stack_of = named_leaves(params), {}, stack_of_layer(config.model)
+  for name, first in rows.items():
+    stack = [i for i, s in enumerate(stack_of) if s == int(name.split('.')[1])]
+    kinds = [(layers, sums['load_LE']) for (_, layers), sums in zip(expert_layers(config.model), routers)
+             if {*layers} & {*stack}]
+    known = [i for layers, _ in kinds for i in layers]
+    load_LE = jnp.concatenate([load_LE for _, load_LE in kinds])[jnp.array([known.index(i) for i in stack])]
+    step_LE = config.loss.bias_rate * jnp.sign(jnp.mean(load_LE, axis=1, keepdims=True) - load_LE)
+    step_LE = jnp.where(jnp.arange(len(stack))[:, None] < first, 0, step_LE)
+    moved[name] = leaves[name] + jax.reshard(step_LE, jax.typeof(leaves[name]).sharding.spec)
+  return with_leaves(params, leaves | moved) if moved else params
 
 
 def interleave(array: jax.Array, n: int) -> jax.Array:
@@ -118,5 +148,5 @@ def eval_step(model: DecoderConfig, compute: ComputeConfig, params: Decoder, bat
 
   compute: resolved. batch: as of `train_step`, and target_bytes int32 [B, T], 0 where a target does not count.
   """
-  _, nll_BT = next_token_loss(params, model, compute, LossConfig(), batch)
+  _, nll_BT, _ = next_token_loss(params, model, compute, LossConfig(), batch)
   return {'nll': jnp.sum(nll_BT), 'tokens': jnp.sum(batch['loss_mask']), 'bytes': jnp.sum(batch['target_bytes'])}

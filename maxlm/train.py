@@ -25,6 +25,7 @@ from maxlm.config import Experiment, validate
 from maxlm.data import mixture, train_batches
 from maxlm.evals import Score, baselines, evaluate, total
 from maxlm.metrics import MetricsWriter, Progress, StepClock
+from maxlm.models.decoder import DecoderConfig, expert_layers
 from maxlm.sharding import make_mesh
 from maxlm.start import say, write_atomically, writing_to
 from maxlm.step import TrainState, eval_step, train_step
@@ -184,6 +185,7 @@ class StepLog:
       values[f'tokens/{source}'] = int(tokens)
       if tokens:
         values[f'loss/{source}'] = float(loss)
+    values |= router_values(self._config.model, metrics['routers'])
     if seconds:
       values['tokens_per_second'] = self._config.tokens_per_step / seconds
       if self._peak:
@@ -209,6 +211,15 @@ class StepLog:
   def close(self) -> None:
     self._progress.close()
     self._writer.close()
+
+
+def router_values(model: DecoderConfig, routers: dict) -> dict[str, float]:
+  """moe/<what>/<layer> of each layer with experts, to four digits; and the load violation of the worst one. What: as
+  `losses.router_metrics` says."""
+  layers = sorted(i for _, of_kind in expert_layers(model) for i in of_kind)
+  values = {f'moe/{name}/{layer}': float(f'{value:.4g}')
+            for name, value_L in routers.items() for layer, value in zip(layers, value_L)}
+  return values | {'moe/load_violation': float(max(routers['load_violation']))} if layers else values
 
 
 # -- the end: evaluate, compare, show

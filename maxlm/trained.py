@@ -15,6 +15,7 @@ from maxlm.checkpoint import named_leaves, with_leaves
 from maxlm.models.decoder import Decoder, DecoderConfig, stack_of_layer
 from maxlm.optim import OptimConfig
 
+BALANCED = 'select_bias_E'  # no gradient trains it: `step.balanced` moves it
 ADAPTERS = ('lora_a', 'lora_b', 'lora_magnitude')  # leaves of `maxlm.lora`: where there are any, they alone are trained
 
 
@@ -23,10 +24,18 @@ def is_adapter(name: str) -> bool:
 
 
 def first_rows(optim: OptimConfig, model: DecoderConfig, params: Decoder) -> dict[str, int]:
-  """Of each leaf that is trained: name -> the row of its stack from which on it is (0: all of it).
+  """Of each leaf that is trained by gradients: name -> the row of its stack from which on it is (0: all of it).
 
   ValueError for a pattern of `optim.freeze` that no weight matches, and where nothing is left to train.
   """
+  rows = {name: first for name, first in not_frozen(optim, model, params).items() if not name.endswith(BALANCED)}
+  if not rows:
+    raise ValueError(f'optim.freeze={optim.freeze} and optim.freeze_layers={optim.freeze_layers} leave nothing to train')
+  return rows
+
+
+def not_frozen(optim: OptimConfig, model: DecoderConfig, params: Decoder) -> dict[str, int]:
+  """The same of each leaf that may change at all. ValueError for a pattern that no weight matches."""
   names = list(named_leaves(params))
   frozen = {name for pattern in optim.freeze for name in matching(names, pattern, 'optim.freeze')}
   if any(map(is_adapter, names)):
@@ -38,8 +47,6 @@ def first_rows(optim: OptimConfig, model: DecoderConfig, params: Decoder) -> dic
       rows[name] = stack_of[:optim.freeze_layers].count(stack)
       if stack is not None and rows[name] == stack_of.count(stack):
         del rows[name]
-  if not rows:
-    raise ValueError(f'optim.freeze={optim.freeze} and optim.freeze_layers={optim.freeze_layers} leave nothing to train')
   return rows
 
 

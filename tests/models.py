@@ -30,16 +30,18 @@ def perturbed(model: DecoderConfig, seed: int = 0) -> Decoder:
 def hidden(params, batch, model, compute=FP32) -> np.ndarray:
   """Final hidden states [B, T, D] of a batch."""
   device = to_device(batch)
-  return np.asarray(jax.jit(functools.partial(Decoder.hidden, config=model, compute=compute))(
-    params, tokens_BT=device['tokens'], segment_ids_BT=device['segment_ids'], positions_BT=device['positions']))
+  x_BTD, _ = jax.jit(functools.partial(Decoder.hidden, config=model, compute=compute))(
+    params, tokens_BT=device['tokens'], segment_ids_BT=device['segment_ids'], positions_BT=device['positions'])
+  return np.asarray(x_BTD)
 
 
-def gradients(params, batch, model, compute=FP32) -> tuple[float, dict[str, np.ndarray]]:
-  """(loss, gradients as {name: array}) of the mean loss."""
+def gradients(params, batch, model, compute=FP32, **loss_options) -> tuple[float, dict[str, np.ndarray]]:
+  """(loss, gradients as {name: array}) of the mean loss, with what routers add to it."""
   n = int((batch['segment_ids'] > 0).sum())
 
   def loss(params, batch):
-    return next_token_loss(params, model, compute, LossConfig(z_loss=1e-3), batch)[0] / n
+    loss_sum, _, routers = next_token_loss(params, model, compute, LossConfig(z_loss=1e-3, **loss_options), batch)
+    return sum((sums['loss'] for sums in routers), loss_sum) / n
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params, to_device(batch))
   return float(value), {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}

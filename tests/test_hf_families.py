@@ -62,7 +62,7 @@ def rows_of(tokens_BT: np.ndarray) -> list[jax.Array]:
 
 def logits_of(model: DecoderConfig, params: Decoder, tokens_BT: np.ndarray) -> np.ndarray:
   def run(params, *rows):
-    return params.logits(model, params.hidden(model, FP32, *rows))
+    return params.logits(model, params.hidden(model, FP32, *rows)[0])
 
   return np.asarray(jax.jit(run)(params, *rows_of(tokens_BT)))
 

@@ -303,12 +303,12 @@ def test_a_model_is_its_layers_one_after_the_other(mesh_of):
   with mesh_of(1):
     params = Decoder(model, jax.random.key(0))
     batch = to_device({'tokens': tokens, 'ids': np.ones_like(tokens), 'positions': positions})
-    got = params.hidden(model, FP32, batch['tokens'], batch['ids'], batch['positions'])
+    got, _ = params.hidden(model, FP32, batch['tokens'], batch['ids'], batch['positions'])
     x = 3.0 * np.asarray(params.embed_VD[...])[tokens] + np.asarray(params.positions_PD[...])[positions]
     left = [iter(unstack(stack, n)) for stack, n in zip(params.stacks, (5, 4, 1))]
     for letter in 'a' + 'ab' * 4 + 'c':
       layer = next(left['abc'.index(letter)])
       spec = pattern[('a' + 'ab' * 4 + 'c').index(letter)]
-      x = layer(spec, jax.device_put(x, shard('BTD')), Rows(None, None, {}, 'chunked', model.norm))
+      x, _ = layer(spec, jax.device_put(x, shard('BTD')), Rows(None, None, {}, 'chunked', model.norm))
     expected = params.final_norm(model.norm, x) * 0.5
   np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -50,7 +50,7 @@ def batch_of(rows=8) -> dict[str, np.ndarray]:
 
 def logits(config: StepConfig, params: Decoder, batch: dict) -> np.ndarray:
   run = jax.jit(lambda params, b: params.logits(config.model, params.hidden(
-    config.model, config.compute, b['tokens'], b['segment_ids'], b['positions'])))
+    config.model, config.compute, b['tokens'], b['segment_ids'], b['positions'])[0]))
   return np.asarray(run(params, to_device(batch)))
 
 

@@ -9,10 +9,13 @@ import pytest
 
 from maxlm.checkpoint import named_leaves
 from maxlm.layers.mlp import MlpSpec
-from maxlm.layers.moe import MoeSpec, every_expert, route, router_logits
+from maxlm.layers.moe import MoeSpec, every_expert
+from maxlm.layers.router import route, router_logits
+from maxlm.layers.rows import Rows
+from maxlm.ops.exchange import Dispatch
 from maxlm.optim import decayed
 from maxlm.sharding import spec as shard
-from tests.modules import assert_close, perturbed, values_and_gradients
+from tests.modules import NORM, assert_close, perturbed, values_and_gradients
 from tests.test_mlp import by_definition as mlp_by_definition
 
 D = 16
@@ -80,8 +83,17 @@ def example(B=2, T=9, seed=0):
   return np.random.default_rng(seed).normal(size=(B, T, D)).astype(np.float32)
 
 
-def apply(spec, run=None):
-  return lambda moe, x: moe(spec, x, run)
+HERE = Dispatch()
+
+
+def rows_of(x, dispatch=HERE):
+  """Rows of one document each."""
+  ids_BT = jnp.ones(x.shape[:2], jnp.int32, out_sharding=shard('BT'))
+  return Rows(segment_ids_BT=ids_BT, positions_BT=None, rope={}, kernel='chunked', norm=NORM, dispatch=dispatch)
+
+
+def apply(spec, run=None, dispatch=HERE):
+  return lambda moe, x: moe(spec, x, rows_of(x, dispatch), run)[0]
 
 
 @every_spec
@@ -119,13 +131,18 @@ def test_one_expert_may_get_all_tokens_and_the_others_none(mesh_of, k):
 
 @pytest.mark.parametrize('name, sizes', [
   ('every switch', {'data': 2, 'fsdp': 2, 'tensor': 2}), ('gpt-oss', {'fsdp': 4, 'tensor': 2}),
-  ('deepseek', {'fsdp': 2, 'expert': 2, 'tensor': 2})], ids=str)
-def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh_of, name, sizes):
+  ('deepseek', {'fsdp': 2, 'expert': 2, 'tensor': 2}), ('every switch', {'data': 2, 'expert': 2, 'tensor': 2}),
+  ('gpt-oss', {'fsdp': 2, 'expert': 4})], ids=str)
+@pytest.mark.parametrize('exchange', ['gather', 'all_to_all'])
+def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh_of, name, sizes, exchange):
+  if exchange == 'all_to_all' and 'expert' not in sizes:
+    return  # nothing is exchanged
   spec, x = SPECS[name], example(B=8, T=3)
   with mesh_of(1):
     one = values_and_gradients(apply(spec), perturbed(spec, D), x)
   with mesh_of(8, **sizes):
-    assert_close(values_and_gradients(apply(spec), perturbed(spec, D), x), one, 2e-6, NO_GRADIENT)
+    many = values_and_gradients(apply(spec, dispatch=Dispatch(exchange)), perturbed(spec, D), x)
+  assert_close(many, one, 2e-6, NO_GRADIENT)
 
 
 @pytest.mark.parametrize('groups, kept', [(1, 1), (2, 1), (4, 2), (4, 4), (8, 3)])

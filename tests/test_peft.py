@@ -40,7 +40,7 @@ def logits(workdir: Path, tokens: np.ndarray) -> np.ndarray:
   compute = ComputeConfig(dtype='float32', kernel='reference').resolve('cpu')
   positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
   rows = [jax.device_put(array, spec('BT')) for array in (tokens, np.ones_like(tokens), np.array(positions))]
-  run = jax.jit(lambda params, *rows: params.logits(model, params.hidden(model, compute, *rows)))
+  run = jax.jit(lambda params, *rows: params.logits(model, params.hidden(model, compute, *rows)[0]))
   return np.asarray(run(params, *rows))
 
 

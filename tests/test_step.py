@@ -69,7 +69,7 @@ def test_loss_and_tokens_of_each_source_are_those_of_its_rows(mesh_of, sizes):
   batch, config = uneven_batch(), step_config()
   with mesh_of(**{'fsdp': 1, **sizes}):
     state = jax.jit(functools.partial(init_state, config))(jax.random.key(0))
-    _, nll_BT = jax.jit(lambda params, batch: next_token_loss(params, config.model, config.compute, config.loss, batch))(
+    _, nll_BT, _ = jax.jit(lambda params, batch: next_token_loss(params, config.model, config.compute, config.loss, batch))(
       state.params, to_device(batch))
     nll_BT, real_BT = np.asarray(nll_BT, np.float64), batch['segment_ids'] > 0
     _, metrics = jax.jit(functools.partial(train_step, config))(state, to_device(batch))

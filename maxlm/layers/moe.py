@@ -1,6 +1,7 @@
-"""Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): a router gives each token k of E small MLPs. None is dropped.
+"""Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): a router gives each token k of E small MLPs. None is dropped
+unless a capacity is set.
 
-E experts  D width of what they see: the model's, or `latent`  F hidden width of an expert  R latent width  G groups of E
+E experts  D width of what they see: the model's, or `latent`  F hidden width of an expert  R latent width
 C tokens of a device  J the k experts of a token  P = C * J pairs of a token and an expert, sorted by expert
 
 Weights: w_router_DE, b_router_E, select_bias_E; of the experts w_up_EDF, w_gate_EDF, w_down_EFD, b_up_EF, b_gate_EF and
@@ -8,6 +9,7 @@ b_down_ED; shared.<an Mlp's>, w_shared_gate_D; w_latent_in_DR, w_latent_out_RD. 
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -17,9 +19,12 @@ from flax import nnx
 from maxlm.layers.mlp import Mlp, MlpSpec, hidden
 from maxlm.layers.norm import NormSpec
 from maxlm.layers.param import constant, normal
-from maxlm.ops.einsum import einsum
+from maxlm.layers.router import RouterStats, route, router_logits, router_stats
+from maxlm.layers.rows import Rows
+from maxlm.ops import exchange as ops
+from maxlm.ops.einsum import einsum, scatter, split_axes
 from maxlm.ops.grouped_matmul import grouped_matmul
-from maxlm.sharding import axes
+from maxlm.sharding import axes, axis_size
 from maxlm.sharding import spec as shard
 
 ROUTER = ('w_router_DE', 'b_router_E', 'select_bias_E')
@@ -122,24 +127,37 @@ class Moe(nnx.Module):
       if spec.shared_gate:
         self.w_shared_gate_D = normal(rngs, 'D', (d_model,), d_model**-0.5)
 
-  def __call__(self, spec: MoeSpec, x_BTD: jax.Array, run=None) -> jax.Array:
-    """Every device has all experts for its tokens. run: `sorted_experts` unless given, or `every_expert`, its reference."""
+  def __call__(self, spec: MoeSpec, x_BTD: jax.Array, rows: Rows, run=None) -> tuple[jax.Array, RouterStats]:
+    """(output, what the router did). Experts leave padding at zero. run: the reference `every_expert`, where each device has
+    all experts."""
     u_BTD = x_BTD if spec.latent is None else einsum('BTD,DR->BTR', x_BTD, self.w_latent_in_DR[...])
     router, experts = ({name: getattr(self, name)[...] for name in names if hasattr(self, name)}
                        for names in (ROUTER, EXPERTS))
 
-    def island(x_BTD, u_BTD, router, experts):
-      router, experts = _whole(router, jnp.float32), _whole(experts, u_BTD.dtype)
+    def island(x_BTD, u_BTD, segment_ids_BT, router, experts):
       x_CD, u_CD = x_BTD.reshape(-1, x_BTD.shape[-1]), u_BTD.reshape(-1, u_BTD.shape[-1])
-      logits_CE = router_logits(x_CD, router['w_router_DE'], router.get('b_router_E'))
-      weights_CJ, experts_CJ, _ = route(spec, logits_CE, router.get('select_bias_E'))
+      with jax.named_scope('router'):
+        router = {name: _whole(name, axes('BT'), jnp.float32, w) for name, w in router.items()}
+        logits_CE = router_logits(x_CD, router['w_router_DE'], router.get('b_router_E'))
+        weights_CJ, experts_CJ, scores_CE = route(spec, logits_CE, router.get('select_bias_E'), rows.dispatch.balanced)
+        chosen_CJ = jnp.where(segment_ids_BT.reshape(-1, 1) > 0, experts_CJ, spec.n_experts)
+        kept_CJ = _within_capacity(spec, rows.dispatch, chosen_CJ)
+        stats = router_stats(logits_CE, scores_CE, chosen_CJ, jnp.sum(kept_CJ != chosen_CJ, axis=1), segment_ids_BT > 0)
+      with jax.named_scope('experts'):
+        others = tuple(axis for axis in axes('BT') if axis not in axes('E'))
+        experts = {name: _whole(name, others, u_CD.dtype, w) for name, w in experts.items()}
+        if 'b_down_ED' in experts:
+          experts['b_down_ED'] = jnp.where(jax.lax.axis_index(axes('F')) == 0, experts['b_down_ED'], 0)
       u_CD, weights_CJ = jax.lax.pcast((u_CD, weights_CJ), axes('F'), to='varying')  # here, where they are C rows and not P
-      y_CD = (run or sorted_experts)(spec.experts, experts, u_CD, weights_CJ, experts_CJ)
-      return jax.lax.psum(y_CD, axes('F')).reshape(u_BTD.shape)
+      y_CD = (run or _here_or_there(spec, rows.dispatch))(spec.experts, experts, u_CD, weights_CJ, kept_CJ)
+      with jax.named_scope('combine'):
+        return jax.lax.psum(y_CD, axes('F')).reshape(u_BTD.shape), stats
 
-    y_BTD = jax.shard_map(
-      island, in_specs=(shard('BTD'), shard('BTD'), *({name: shard(_dims(name)) for name in w} for w in (router, experts))),
-      out_specs=shard('BTD'))(x_BTD, u_BTD, router, experts)
+    y_BTD, stats = jax.shard_map(
+      island, in_specs=(shard('BTD'), shard('BTD'), shard('BT'),
+                        *({name: shard(_dims(name)) for name in w} for w in (router, experts))),
+      out_specs=(shard('BTD'), RouterStats(*(shard(_dims(name)) for name in RouterStats._fields))))(
+        x_BTD, u_BTD, rows.segment_ids_BT, router, experts)
     if spec.latent is not None:
       y_BTD = einsum('BTR,RD->BTD', y_BTD, self.w_latent_out_RD[...])
     if spec.shared is not None:
@@ -147,57 +165,88 @@ class Moe(nnx.Module):
       if spec.shared_gate:
         shared_BTD *= jax.nn.sigmoid(einsum('BTD,D->BT', x_BTD, self.w_shared_gate_D[...]))[:, :, None]
       y_BTD += shared_BTD
-    return y_BTD
+    return y_BTD, stats
 
 
-def router_logits(x_CD: jax.Array, w_router_DE: jax.Array, b_router_E: jax.Array | None) -> jax.Array:
-  """fp32 logits [C, E]. Unless told, an accelerator rounds fp32 factors to bf16: other experts where two are near."""
-  logits_CE = jnp.dot(x_CD.astype(jnp.float32), w_router_DE, precision=jax.lax.Precision.HIGHEST)
-  return logits_CE if b_router_E is None else logits_CE + b_router_E
-
-
-def route(spec: MoeSpec, logits_CE: jax.Array, select_bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(weights [C, J] of each token's experts, their int32 numbers [C, J], scores [C, E]), from fp32 logits.
-
-  There is no switch for a softmax over the selected logits alone (gpt-oss): it is that over all, normalised.
-  """
-  scores_CE = jax.nn.softmax(logits_CE) if spec.score == 'softmax' else jax.nn.sigmoid(logits_CE)
-  choice_CE = jax.lax.stop_gradient(scores_CE if select_bias_E is None else scores_CE + select_bias_E)
-  if spec.groups > 1:
-    choice_CGE = choice_CE.reshape(-1, spec.groups, spec.n_experts // spec.groups)
-    _, kept = jax.lax.top_k(jax.lax.top_k(choice_CGE, 2)[0].sum(axis=-1), spec.groups_kept)
-    kept_CG1 = jax.nn.one_hot(kept, spec.groups, dtype=bool).any(axis=1)[..., None]
-    choice_CE = jnp.where(kept_CG1, choice_CGE, -jnp.inf).reshape(choice_CE.shape)
-  _, experts_CJ = jax.lax.top_k(choice_CE, spec.k)
-  weights_CJ = jnp.take_along_axis(scores_CE, experts_CJ, axis=-1)
-  if spec.normalise:  # families add 1e-20 or nothing: the same in fp32 for sums above 1e-11. 1e-20 has no square in fp32
-    weights_CJ /= weights_CJ.sum(axis=-1, keepdims=True) + 1e-18
-  return spec.scale * weights_CJ, experts_CJ, scores_CE
-
-
-# -- what the experts make of a device's tokens: two ways to one result --------------------------------------------------
+# -- inside the island: what the experts make of a device's tokens, by three ways to one result ---------------------------
 # F is this device's part of it: the results are summed over the axes of F, and b_down_ED is zero on all parts but one.
+# experts_CJ is n_experts where no expert is to work on the pair.
 
 
-def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ) -> jax.Array:
-  """The weighted sum [C, D] of the outputs of each token's experts: pairs of a token and an expert, sorted by expert."""
-  C, J = experts_CJ.shape
-  order_P = jnp.argsort(experts_CJ.reshape(-1))
-  back_P = jnp.argsort(order_P)
-  expert_P = experts_CJ.reshape(-1)[order_P]
-  sizes_E = jnp.bincount(expert_P, length=w['w_up_EDF'].shape[0])
+def _here_or_there(spec: MoeSpec, dispatch: ops.Dispatch):
+  """The way for this mesh: all experts are on each device, or tokens are exchanged."""
+  devices = axis_size('E')
+  if devices == 1:
+    return sorted_experts
+  way = {'gather': gathered_experts, 'all_to_all': sent_experts}[dispatch.exchange or ops.exchange_for(spec.k, devices)]
+  return functools.partial(way, capacity=dispatch.capacity)
 
-  def project(x_PD, w_EDF, b_EF):
-    y_PF = grouped_matmul(x_PD, w_EDF, sizes_E)
-    return y_PF if b_EF is None else y_PF + b_EF[expert_P]
 
-  y_PD = _mlp(spec, w, project, _permuted(jnp.repeat(x_CD, J, axis=0), order_P, back_P))
-  y_CJD = _permuted(y_PD, back_P, order_P).reshape(C, J, -1)
-  return jnp.sum(y_CJD * weights_CJ[:, :, None], axis=1).astype(x_CD.dtype)
+def _within_capacity(spec, dispatch, experts_CJ):
+  devices = axis_size('E')
+  rows = functools.partial(ops.buffer_rows, *experts_CJ.shape, devices, spec.n_experts // devices)
+  if dispatch.capacity is None or rows(dispatch.capacity) == rows(None):
+    return experts_CJ
+  return ops.within_capacity(experts_CJ, spec.n_experts, rows(dispatch.capacity))
+
+
+def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, rows=None) -> jax.Array:
+  """The weighted sum [C, D] of the outputs of each token's experts, those of w: rows of pairs, sorted by expert."""
+  with jax.named_scope('dispatch'):
+    order = ops.sort_pairs(experts_CJ, w['w_up_EDF'].shape[0], experts_CJ.size if rows is None else rows)
+    x_RD = ops.to_rows(x_CD, order)
+  y_RD = sorted_mlp(spec, w, x_RD, order.sizes_E)
+  with jax.named_scope('combine'):
+    return ops.from_rows(y_RD, weights_CJ, order)
+
+
+def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, capacity=None) -> jax.Array:
+  """The same where the experts are on several devices: each gets the tokens of all, and the sum of what all make of them is
+  scattered to where they came from."""
+  experts, devices = w['w_up_EDF'].shape[0], axis_size('E')
+  with jax.named_scope('dispatch'):
+    x_CD, weights_CJ, experts_CJ = (jax.lax.all_gather(a, axes('E'), tiled=True) for a in (x_CD, weights_CJ, experts_CJ))
+    mine_CJ = experts_CJ - experts * jax.lax.axis_index(axes('E'))
+    mine_CJ = jnp.where((mine_CJ >= 0) & (mine_CJ < experts), mine_CJ, experts)
+  rows = ops.buffer_rows(x_CD.shape[0] // devices, mine_CJ.shape[1], devices, experts, capacity)
+  y_CD = sorted_experts(spec, w, x_CD, weights_CJ, mine_CJ, rows)
+  with jax.named_scope('combine'):
+    return jax.lax.psum_scatter(y_CD, axes('E'), tiled=True)
+
+
+def sent_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, capacity=None) -> jax.Array:
+  """The same by all-to-all: each pair's row goes to the device of its expert, and its output comes back."""
+  (experts, *_), devices = w['w_up_EDF'].shape, axis_size('E')
+  with jax.named_scope('dispatch'):
+    order = ops.sort_pairs(experts_CJ, experts * devices, experts_CJ.size)
+    slices = ops.slices_of(order.sizes_E)
+    there_RD = ops.exchange(ops.to_rows(x_CD, order), slices,
+                            ops.buffer_rows(*experts_CJ.shape, devices, experts, capacity))
+  y_RD = sorted_mlp(spec, w, there_RD, slices.got_XL.sum(axis=0))
+  with jax.named_scope('combine'):
+    return ops.from_rows(ops.exchange(y_RD, slices.back(), experts_CJ.size), weights_CJ, order)
+
+
+def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, sizes_E) -> jax.Array:
+  """Each row through the expert it belongs to -> [R, D]; rows past the sum of sizes_E are undefined."""
+
+  R, stop_E = x_RD.shape[0], jnp.cumsum(sizes_E)
+  row_R1 = jnp.arange(R)[:, None]
+  is_of_RE = (row_R1 < stop_E) & (row_R1 >= stop_E - sizes_E)
+
+  def project(x_RD, w_EDF, b_EF):
+    y_RF = grouped_matmul(x_RD, w_EDF, sizes_E)
+    if b_EF is None:
+      return y_RF
+    b_RF = jnp.einsum('RE,EF->RF', is_of_RE.astype(y_RF.dtype), b_EF, precision='highest')  # b_EF[expert]: sums up row by row
+    return jnp.where(row_R1 < stop_E[-1], y_RF + b_RF, 0)  # undefined rows must not reach the gradient of the bias
+
+  with jax.named_scope('experts'):
+    return _mlp(spec, w, project, x_RD)
 
 
 def every_expert(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ) -> jax.Array:
-  """The same as it is defined: every expert on every token, times a weight that is mostly zero."""
+  """What they are to equal, as it is defined: every expert on every token, times a weight that is mostly zero."""
   E = w['w_up_EDF'].shape[0]
 
   def project(x_ECD, w_EDF, b_EF):
@@ -215,31 +264,21 @@ def _mlp(spec, w, project, x):
   return project(hidden(spec, up, gate), w['w_down_EFD'], w.get('b_down_ED'))
 
 
-@jax.custom_vjp
-def _permuted(x_PD, order_P, back_P):
-  """x_PD[order_P], whose gradient is the inverse permutation, where JAX would add up row by row."""
-  return x_PD[order_P]
-
-
-_permuted.defvjp(lambda x_PD, order_P, back_P: (x_PD[order_P], back_P), lambda back_P, dy_PD: (dy_PD[back_P], None, None))
-
-
 def _dims(name: str) -> str:
   """'w_up_EDF' -> 'EDF'."""
   return name.rsplit('_', 1)[1]
 
 
-def _whole(weights: dict[str, jax.Array], dtype) -> dict[str, jax.Array]:
-  """Inside an island: weights cast, then gathered over E and D; their gradients leave as scatters."""
-  whole = {}
-  for name, w in weights.items():
-    dims = _dims(name)
-    split = [(axis, i) for i, dim in enumerate(dims) if dim in 'ED' for axis in axes(dim)]
-    replicas = tuple(axis for axis in axes('BT') if axis not in dict(split))  # other tokens meet the same weights there
-    w = jax.lax.pcast(w.astype(dtype), replicas, to='varying')
-    for axis, i in reversed(split):
-      w = jax.lax.all_gather(w, axis, axis=i, tiled=True)
-    if name == 'b_down_ED':
-      w = jnp.where(jax.lax.axis_index(axes('F')) == 0, w, 0)
-    whole[name] = w
-  return whole
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _whole(name, summed, dtype, w):
+  """Inside an island: the weight cast, then gathered over those of the mesh axes `summed` that split it; on the others of
+  them different tokens meet the same part. Its gradient is the sum over all of these."""
+  split = [tuple(axis for axis in split_axes(_dims(name), i) if axis in summed) for i in range(w.ndim)]
+  w = jax.lax.pcast(w.astype(dtype), tuple(axis for axis in summed if axis not in sum(split, ())), to='varying')
+  for i, of_dim in enumerate(split):
+    w = jax.lax.all_gather(w, of_dim, axis=i, tiled=True) if of_dim else w
+  return w
+
+
+_whole.defvjp(lambda name, summed, dtype, w: (_whole(name, summed, dtype, w), jnp.zeros((), w.dtype)),
+              lambda name, summed, dtype, like, dw: (scatter(_dims(name), dw, summed).astype(like.dtype),))

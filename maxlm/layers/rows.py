@@ -6,6 +6,7 @@ import jax
 
 from maxlm.layers.norm import NormSpec
 from maxlm.layers.rope import RopeSpec
+from maxlm.ops.exchange import Dispatch
 
 
 class Rows(NamedTuple):
@@ -14,6 +15,7 @@ class Rows(NamedTuple):
   rope: dict  # rope_key(…) -> (cos, sin)
   kernel: str  # of attention: 'chunked', 'splash' or 'reference'
   norm: NormSpec  # of the model, and of queries and keys
+  dispatch: Dispatch = Dispatch()  # of tokens to experts
 
 
 class Past(NamedTuple):

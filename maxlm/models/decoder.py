@@ -10,7 +10,7 @@ B batch  T query time  S key time  D width  V vocabulary  L layers  M cache leng
 
 import collections
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,10 @@ from maxlm.layers.norm import Norm, NormSpec
 from maxlm.layers.parallel import ParallelSpec
 from maxlm.layers.param import normal
 from maxlm.layers.rope import RopeSpec, rope_table
+from maxlm.layers.router import RouterStats
 from maxlm.layers.rows import Past, Rows, rope_key
 from maxlm.ops.embedding import look_up
+from maxlm.ops.exchange import Dispatch
 from maxlm.sharding import spec as shard
 
 Mixer = AttentionSpec | MlaSpec | Mamba2Spec | DeltaSpec | LightningSpec | ParallelSpec
@@ -84,17 +86,25 @@ class DecoderConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ComputeConfig:
-  """How the model is computed: none of this changes what it computes.
+  """How the model is computed: none of this changes what it computes, but for the last two where they are set.
 
   dtype: of activations and of weights in use (None: bfloat16 on accelerators, float32 on CPU). kernel: of attention
   (None: splash on TPU, else chunked). remat: 'none' keeps all activations, 'attention' keeps only the output of
   attention and the layer's input, 'full' only the layer's input. unroll: periods of layers a scan step holds.
+  exchange: of tokens between the devices of mesh.expert: 'gather' brings all tokens to all of them, 'all_to_all' each to the
+  devices of its experts (None: what takes less time, `ops.exchange.exchange_for`).
+
+  capacity: buffers of experts, as a multiple of the average load of a device; what does not fit is dropped, counted and
+  logged (None: the worst case fits). benchmark_routing: experts in turn instead of the router's, to time a balanced layer.
   """
 
   dtype: Literal['float32', 'bfloat16'] | None = None
   kernel: Literal['reference', 'chunked', 'splash'] | None = None
   remat: Literal['none', 'attention', 'full'] = 'none'
   unroll: int = 1
+  exchange: Literal['gather', 'all_to_all'] | None = None
+  capacity: float | None = None
+  benchmark_routing: Literal['balanced'] | None = None
 
   def resolve(self, platform: str) -> 'ComputeConfig':
     """The choices that None leaves to the platform ('cpu', 'gpu', 'tpu'), made."""
@@ -116,43 +126,43 @@ class Layer(nnx.Module):
       self.mlp_pre_norm = Norm(norm, d_model) if before else None
       self.mlp_post_norm = Norm(norm, d_model) if after else None
 
-  def __call__(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+  def __call__(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, RouterStats | None]:
+    """(x, what the router did, if there is one)."""
     if spec.mixer is not None:
-      x_BTD = self._mix(spec, x_BTD, rows, lambda h_BTD: self.mixer(spec.mixer, h_BTD, rows))
+      x_BTD, _ = self._mix(spec, x_BTD, rows, lambda h_BTD: (self.mixer(spec.mixer, h_BTD, rows), None))
     return self._feed_forward(spec, x_BTD, rows)
 
   def extend(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows, cache, past: Past):
     """As `__call__` for new tokens that continue those in the mixer's cache: (x, cache)."""
-
-    def mix(h_BTD):
-      nonlocal cache
-      y_BTD, cache = self.mixer.extend(spec.mixer, h_BTD, rows, cache, past)
-      return y_BTD
-
     if spec.mixer is not None:
-      x_BTD = self._mix(spec, x_BTD, rows, mix)
-    return self._feed_forward(spec, x_BTD, rows), cache
+      x_BTD, cache = self._mix(spec, x_BTD, rows, lambda h_BTD: self.mixer.extend(spec.mixer, h_BTD, rows, cache, past))
+    return self._feed_forward(spec, x_BTD, rows)[0], cache
 
   def _mix(self, spec, x_BTD, rows, mix):
     with jax.named_scope('mixer'):
       return residual(x_BTD, mix, spec, spec.mixer_scales, rows.norm, self.mixer_pre_norm, self.mixer_post_norm)
 
   def _feed_forward(self, spec, x_BTD, rows):
-    if spec.mlp is None:
-      return x_BTD
+    match spec.mlp:
+      case None:
+        return x_BTD, None
+      case MoeSpec():
+        mlp = lambda h_BTD: self.mlp(spec.mlp, h_BTD, rows)
+      case _:
+        mlp = lambda h_BTD: (self.mlp(spec.mlp, h_BTD), None)
     with jax.named_scope('mlp'):
-      return residual(x_BTD, lambda h_BTD: self.mlp(spec.mlp, h_BTD), spec, spec.mlp_scales, rows.norm,
-                      self.mlp_pre_norm, self.mlp_post_norm)
+      return residual(x_BTD, mlp, spec, spec.mlp_scales, rows.norm, self.mlp_pre_norm, self.mlp_post_norm)
 
 
 def residual(x_BTD, sublayer, spec: LayerSpec, scales, norm: NormSpec, pre_norm: Norm | None, post_norm: Norm | None):
-  """What is left in the stream after a sublayer was added to it."""
+  """The stream after a sublayer was added to it, and what else the sublayer returns beside its output."""
   h_BTD = x_BTD if pre_norm is None else pre_norm(norm, x_BTD)
-  y_BTD = sublayer(h_BTD)
+  y_BTD, extra = sublayer(h_BTD)
   if post_norm is not None:
     y_BTD = post_norm(norm, y_BTD)
   stream_BTD = h_BTD if spec.norm == 'carried' else x_BTD
-  return stream_BTD + y_BTD if scales == (1.0, 1.0) else stream_BTD * scales[0] + y_BTD * scales[1]
+  x_BTD = stream_BTD + y_BTD if scales == (1.0, 1.0) else stream_BTD * scales[0] + y_BTD * scales[1]
+  return x_BTD, extra
 
 
 class Decoder(nnx.Module):
@@ -175,11 +185,15 @@ class Decoder(nnx.Module):
       jax.vmap(lambda key: Layer(config.layers[members[0]], D, config.norm, nnx.Rngs(key)))(keys_L[jnp.array(members)])
       for members in ([i for i, s in enumerate(stack_of) if s == stack] for stack in range(max(stack_of) + 1))])
 
-  def hidden(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT) -> jax.Array:
-    """Final hidden states [B, T, D] of packed rows, normalised, ready for the head. `compute` is resolved."""
+  def hidden(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT
+             ) -> tuple[jax.Array, list[RouterStats]]:
+    """(final hidden states [B, T, D] of packed rows, normalised, ready for the head; what the routers did, stacked along L,
+    one for each of `expert_layers`). `compute` is resolved."""
     rows = rows_for(config, compute, segment_ids_BT, positions_BT)
     x_BTD = self.embed(config, compute, tokens_BT, positions_BT)
     stack_of, taken = stack_of_layer(config), [0] * len(self.stacks)
+    kinds = expert_layers(config)
+    stats_of = [[] for _ in kinds]
     for run in runs(config):
       members = range(run.first, run.first + run.period)
       n_of = collections.Counter(stack_of[i] for i in members)  # layers of each stack in a period
@@ -187,19 +201,20 @@ class Decoder(nnx.Module):
 
       def period(x_BTD, stacks, members=members, n_of=n_of, scanned=scanned):
         """One period of the run; `stacks` holds its weights and no others."""
-        weights = {s: iter(unstack(stack, n_of[s])) for s, stack in stacks.items()}
+        weights, said = {s: iter(unstack(stack, n_of[s])) for s, stack in stacks.items()}, {}
         for i in members:
           apply = remat(lambda layer, x_BTD, spec=config.layers[i]: layer(spec, x_BTD, rows), compute.remat, scanned)
-          x_BTD = apply(next(weights[stack_of[i]]), x_BTD)
-        return x_BTD
+          x_BTD, said[i] = apply(next(weights[stack_of[i]]), x_BTD)
+        return x_BTD, [stacked([said[i] for i in members if i in layers]) for _, layers in kinds]
 
       stacks = {s: jax.tree.map(lambda w, first=taken[s], n=n: w[first:first + n * run.repeats].reshape(
         run.repeats, n, *w.shape[1:]), self.stacks[s]) for s, n in n_of.items()}
-      x_BTD, _ = jax.lax.scan(lambda x_BTD, stacks, period=period: (period(x_BTD, stacks), None), x_BTD, stacks,
-                              unroll=min(compute.unroll, run.repeats))
+      x_BTD, stats = jax.lax.scan(period, x_BTD, stacks, unroll=min(compute.unroll, run.repeats))
+      for of_kind, of_run in zip(stats_of, stats):
+        of_kind += [jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), of_run)] if of_run else []
       for s, n in n_of.items():
         taken[s] += n * run.repeats
-    return self._finish(config, x_BTD)
+    return self._finish(config, x_BTD), [jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for parts in stats_of]
 
   def extend(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT, caches: list,
              past: Past) -> tuple[jax.Array, list]:
@@ -249,7 +264,8 @@ def rows_for(config: DecoderConfig, compute: ComputeConfig, segment_ids_BT, posi
   """What the layers are told of the rows; each table of angles is made once."""
   turned = {rope_key(*rope): rope for layer in config.pattern for rope in ropes(layer.mixer)}
   tables = {key: rope_table(positions_BT, *rope) for key, rope in turned.items()}
-  return Rows(segment_ids_BT, positions_BT, tables, compute.kernel, config.norm)
+  dispatch = Dispatch(compute.exchange, compute.capacity, compute.benchmark_routing == 'balanced')
+  return Rows(segment_ids_BT, positions_BT, tables, compute.kernel, config.norm, dispatch)
 
 
 def attentions(mixer: Mixer | None) -> list[AttentionSpec]:
@@ -268,6 +284,16 @@ def ropes(mixer: Mixer | None) -> list[tuple[RopeSpec, int]]:
     case MlaSpec(rope=RopeSpec()):
       return [(mixer.rope, mixer.rope_dim)]
   return [(attention.rope, attention.head_dim) for attention in attentions(mixer) if attention.rope is not None]
+
+
+def expert_layers(config: DecoderConfig) -> list[tuple[MoeSpec, list[int]]]:
+  """Each kind of experts in the model, with its layers."""
+  kinds = []
+  for layer in config.pattern:
+    if isinstance(layer.mlp, MoeSpec) and layer.mlp not in kinds:
+      kinds.append(layer.mlp)
+  found = [(kind, [i for i, layer in enumerate(config.layers) if layer.mlp == kind]) for kind in kinds]
+  return [(kind, layers) for kind, layers in found if layers]
 
 
 class Run(NamedTuple):
@@ -339,6 +365,11 @@ def stack_sizes(config: DecoderConfig) -> list[int]:
   """Layers in each stack."""
   stack_of = stack_of_layer(config)
   return [stack_of.count(stack) for stack in range(max(stack_of) + 1)]
+
+
+def stacked(trees: list) -> Any:
+  """Their leaves along a new first dimension; () if there are none."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if trees else ()
 
 
 def unstack(stack: Layer, count: int) -> list[Layer]:
