@@ -1,51 +1,135 @@
 """Products of sorted rows with the matrices of their groups: the work of a mixture of experts.
 
+  blocked     a loop over blocks of rows; for CPUs, where XLA's `ragged_dot` multiplies every row with every matrix: there it
+              takes ten times as long for 8 groups, and fifty for 128
+  pallas      Pallas kernels for TPUs (`maxlm.ops.grouped_tpu`)
+  tokamax     tokamax's kernels for GPUs of the Hopper generation, in bfloat16 (`maxlm.ops.grouped_gpu`)
+  ragged_dot  what XLA has; on a GPU it multiplies every row with every matrix, so it is refused there
+
+Rows may end before the array does: what is past the groups is not looked at, its results and gradients are zero. Sums are
+fp32.
+
 P rows, those of the first group first  E groups  D width in  F width out
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+KERNELS = ('blocked', 'pallas', 'tokamax', 'ragged_dot')
+KERNEL_OF_PLATFORM = {'cpu': 'blocked', 'gpu': 'tokamax', 'tpu': 'pallas'}
 
 # Rows of a block on a CPU: of the size of an average group within these bounds, as a group's last block is part waste.
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
 
 
-def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """Each row times the matrix of its group -> [P, F] in the dtype of x.
+def check_grouped_matmul(kernel: str, platform: str, dtype) -> None:
+  """ValueError, in one line that names a kernel that can, if `kernel` cannot be used on `platform`; ImportError if tokamax
+  is to be used and is not there."""
+  if kernel not in KERNELS:
+    raise ValueError(f'experts_kernel {kernel!r} is none of {", ".join(KERNELS)}')
+  if kernel == 'pallas' and platform != 'tpu':
+    raise ValueError(f"experts_kernel 'pallas' runs on tpu, not on {platform}: use {KERNEL_OF_PLATFORM[platform]!r}")
+  if kernel == 'ragged_dot' and platform == 'gpu':
+    raise ValueError("experts_kernel 'ragged_dot' multiplies every row with every expert on gpu: use 'tokamax'")
+  if kernel == 'tokamax':
+    if platform != 'gpu':
+      raise ValueError(f"experts_kernel 'tokamax' runs on gpu, not on {platform}: use {KERNEL_OF_PLATFORM[platform]!r}")
+    if jnp.dtype(dtype) != jnp.bfloat16:
+      raise ValueError(f"experts_kernel 'tokamax' takes bfloat16, not {jnp.dtype(dtype).name}: use 'blocked', or that dtype")
+    from maxlm.ops import grouped_gpu
+    grouped_gpu.check_installed()
 
-  sizes_E: rows of each group, P in all; any of them may be 0. Accelerators run XLA's `ragged_dot`, which on a CPU multiplies
-  every row with every matrix: there it takes ten times as long as the blocks below for 8 groups, and fifty for 128.
+
+def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, kernel: str | None = None,
+                   interpret: bool = False) -> jax.Array:
+  """Each row times the matrix of its group -> [P, F] in the dtype of x; zeros past the groups.
+
+  sizes_E: rows of each group, P or less in all; any of them may be 0. interpret: run Pallas's Python on a CPU, for tests.
   """
-  return jax.lax.platform_dependent(x_PD, w_EDF, sizes_E, cpu=_blocked, default=jax.lax.ragged_dot)
+  assert not interpret or jax.default_backend() == 'cpu', 'an interpreted kernel is for tests on a CPU'
+  if kernel is None:
+    product = lambda name: functools.partial(_product, kernel=name, interpret=False)
+    return jax.lax.platform_dependent(x_PD, w_EDF, sizes_E, cpu=product('blocked'), default=product('ragged_dot'))
+  return _product(x_PD, w_EDF, sizes_E, kernel, interpret)
 
 
 def grouped_matmul_reference(x_PD, w_EDF, sizes_E):
   """The same with a matrix for each row."""
   group_P = jnp.repeat(jnp.arange(w_EDF.shape[0]), sizes_E, total_repeat_length=x_PD.shape[0])
-  return jnp.einsum('PD,PDF->PF', x_PD, w_EDF[group_P])
+  used_P1 = (jnp.arange(x_PD.shape[0]) < sizes_E.sum())[:, None]
+  return jnp.where(used_P1, jnp.einsum('PD,PDF->PF', jnp.where(used_P1, x_PD, 0), w_EDF[group_P]), 0)
 
 
-# -- CPU: a loop over blocks of rows that start where their group does ------------------------------------------------
+class Kernel(NamedTuple):
+  """rows_times(x [P, D], w [E, D, F], sizes, transposed=False), or with w [E, F, D] and transposed=True -> [P, F].
+  outer(x [P, D], dy [P, F], sizes, dtype=…): the sum over the rows of each group of x_D * dy_F -> [E, D, F]."""
+
+  rows_times: Callable
+  outer: Callable
+
+
+def _kernel(name: str, interpret: bool) -> Kernel:
+  match name:
+    case 'blocked':
+      return Kernel(_blocked_rows_times, _blocked_outer)
+    case 'pallas':
+      from maxlm.ops import grouped_tpu  # Pallas is slow to import and only a TPU needs it
+      return Kernel(*(functools.partial(f, interpret=interpret) for f in (grouped_tpu.rows_times, grouped_tpu.outer)))
+    case 'tokamax':
+      from maxlm.ops import grouped_gpu
+      return Kernel(grouped_gpu.rows_times, grouped_gpu.outer)
+  assert name == 'ragged_dot', name
+  return Kernel(_ragged_rows_times, _ragged_outer)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x_PD, w_EDF, sizes_E, kernel, interpret):
+  return _kernel(kernel, interpret).rows_times(x_PD, w_EDF, sizes_E, transposed=False)
+
+
+def _product_forward(x_PD, w_EDF, sizes_E, kernel, interpret):
+  return _product(x_PD, w_EDF, sizes_E, kernel, interpret), (x_PD, w_EDF, sizes_E)
+
+
+def _product_backward(kernel, interpret, residuals, dy_PF):
+  x_PD, w_EDF, sizes_E = residuals
+  products = _kernel(kernel, interpret)
+  dx_PD = products.rows_times(dy_PF, w_EDF, sizes_E, transposed=True)
+  return dx_PD, products.outer(x_PD, dy_PF, sizes_E, dtype=w_EDF.dtype), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def zero_past(rows_PD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  """The rows, with zeros past the groups."""
+  return jnp.where((jnp.arange(rows_PD.shape[0]) < sizes_E.sum())[:, None], rows_PD, 0)
+
+
+# -- XLA
+
+
+def _ragged_rows_times(x_PD, w, sizes_E, *, transposed):
+  w_EDF = w.swapaxes(1, 2) if transposed else w
+  return zero_past(jax.lax.ragged_dot(x_PD, w_EDF, sizes_E, preferred_element_type=jnp.float32).astype(x_PD.dtype), sizes_E)
+
+
+def _ragged_outer(x_PD, dy_PF, sizes_E, *, dtype):
+  over_rows = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+  return jax.lax.ragged_dot_general(zero_past(x_PD, sizes_E), zero_past(dy_PF, sizes_E), sizes_E, over_rows,
+                                    preferred_element_type=jnp.float32).astype(dtype)
+
+
+# -- a loop over blocks of rows that start where their group does ------------------------------------------------------
 # Every block is of one size: it runs over the end of its group into rows whose own blocks come later, and write over it.
 
 
-@jax.custom_vjp
-def _blocked(x_PD, w_EDF, sizes_E):
-  return _rows_times('bD,DF->bF', x_PD, w_EDF, sizes_E)
-
-
-def _blocked_forward(x_PD, w_EDF, sizes_E):
-  return _blocked(x_PD, w_EDF, sizes_E), (x_PD, w_EDF, sizes_E)
-
-
-def _blocked_backward(residuals, dy_PF):
-  x_PD, w_EDF, sizes_E = residuals
-  return _rows_times('bF,DF->bD', dy_PF, w_EDF, sizes_E), _outer(x_PD, dy_PF, sizes_E).astype(w_EDF.dtype), None
-
-
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+def _blocked_rows_times(x_PD, w, sizes_E, *, transposed):
+  return zero_past(_rows_times('bD,FD->bF' if transposed else 'bD,DF->bF', x_PD, w, sizes_E), sizes_E)
 
 
 def _rows_times(dims, x_PD, w_EDF, sizes_E):
@@ -62,19 +146,19 @@ def _rows_times(dims, x_PD, w_EDF, sizes_E):
   return jax.lax.fori_loop(0, count, block, jnp.zeros_like(x_PD, shape=(x_PD.shape[0], width)))[:-size]
 
 
-def _outer(x_PD, dy_PF, sizes_E):
-  """Sum over the rows of each group of x_D * dy_F -> fp32 [E, D, F]."""
+def _blocked_outer(x_PD, dy_PF, sizes_E, *, dtype):
+  """Sum over the rows of each group of x_D * dy_F -> [E, D, F]."""
   size, count, group, start, stop = _blocks(x_PD.shape[0], sizes_E)
   x_PD, dy_PF = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_PD, dy_PF))
 
   def block(i, dw_EDF):
     x_bD, dy_bF = (jax.lax.dynamic_slice_in_dim(rows, start[i], size) for rows in (x_PD, dy_PF))
     in_group_b1 = (start[i] + jnp.arange(size) < stop[i])[:, None]
-    return dw_EDF.at[group[i]].add(jnp.einsum('bD,bF->DF', jnp.where(in_group_b1, x_bD, 0), dy_bF,
-                                              preferred_element_type=jnp.float32))
+    x_bD, dy_bF = (jnp.where(in_group_b1, rows, 0) for rows in (x_bD, dy_bF))
+    return dw_EDF.at[group[i]].add(jnp.einsum('bD,bF->DF', x_bD, dy_bF, preferred_element_type=jnp.float32))
 
   shape = sizes_E.shape[0], x_PD.shape[1], dy_PF.shape[1]
-  return jax.lax.fori_loop(0, count, block, jnp.zeros_like(x_PD, jnp.float32, shape))
+  return jax.lax.fori_loop(0, count, block, jnp.zeros_like(x_PD, jnp.float32, shape)).astype(dtype)
 
 
 def _blocks(rows: int, sizes_E):
