@@ -1,0 +1,64 @@
+"""Compiles the real steps of a config for a TPU slice, on any CPU machine, and reports: python -m maxlm.plan
+
+    python -m maxlm.plan --config=configs/llama3_8b.py --topology=v5p:4x4x4 [--slices=N] [--json=F] [--hlo=F]
+
+Memory, FLOPs, collectives by mesh axis, kernels, and the time of a step in three estimates. Nothing is run or measured.
+"""
+
+import os
+
+# A compiler needs no chip: nothing is looked for, on this machine or beside it, and several may compile at once.
+os.environ |= {'JAX_PLATFORMS': 'cpu'}
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from maxlm import flags
+
+TOPOLOGY = flags.DEFINE_string('topology', '', "the slice, such as v5p:4x4x4 or v5e:16x16 (default: the config's pod)")
+SLICES = flags.DEFINE_integer('slices', 1, 'slices of that shape, connected by the data-centre network')
+PRICE = flags.DEFINE_float('price', None, 'dollars for a chip and an hour; with it, the cost of 1T tokens')
+JSON = flags.DEFINE_string('json', '', 'file for all the figures')
+HLO = flags.DEFINE_string('hlo', '', 'file for the compiled training step; the evaluation step goes beside it')
+
+
+def main(config) -> int:
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError("planning needs the TPU compiler: pip install 'maxlm[plan]'")
+  from maxlm.plan import report, topology
+  if not (TOPOLOGY.value or config.pod):
+    raise ValueError('this config names no pod: give --topology=v5p:4x4x4, or another slice')
+  where = topology.parse(TOPOLOGY.value or config.pod, SLICES.value)
+  plan = planned(config, where)
+  print(report.page(plan))
+  if JSON.value:
+    Path(JSON.value).write_text(json.dumps(plan, indent=2) + '\n')
+  return 0
+
+
+def planned(config, where) -> dict[str, Any]:
+  """Compiles and reads both steps of the config."""
+  from maxlm import typed_json
+  from maxlm.config import Experiment
+  from maxlm.plan import program, report
+  from maxlm.plan.network import network_of
+  mesh = program.mesh_for(config, where)
+  network = network_of(where, mesh)
+  steps = []
+  for compile_step, suffix in ((program.compile_train, ''), (program.compile_eval, '.eval')):
+    step = compile_step(config, where, mesh)
+    if HLO.value:
+      Path(HLO.value + suffix).write_text(step.text)
+    steps.append(report.figures(step, report.read(step.text, step.name, network), config, network, PRICE.value))
+  return {
+    'config': config.name, 'topology': where.name, 'chips': where.n_chips, 'devices': len(network.places),
+    'mesh': ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items() if size > 1) or 'one device',
+    'compiler_options': program.compiler_options(where), 'programs': steps,
+    'experiment': typed_json.encode(config, Experiment),
+  }
+
+
+if __name__ == '__main__':
+  flags.run(main, default_config='configs/llama3_8b.py')

@@ -1,0 +1,88 @@
+"""What our Mosaic kernels cost. The compiler sees them as closed boxes: no cycles, and no FLOPs for splash.
+
+From shapes and tile tables: tiles that are visited x FLOPs of a tile / (peak x EFFICIENCY). Splash visits, for a block of
+queries, the blocks of keys up to the diagonal, or as many as the window's tables are wide; a tile on the diagonal costs as
+much as a full one. The efficiencies are assumptions, not measurements: docs/plan.md says where they come from.
+"""
+
+import dataclasses
+import math
+import re
+
+from maxlm.plan.hardware import Chip
+from maxlm.plan.hlo import Array, Computation, Instruction
+
+# Share of the peak in full tiles. Attention: exponentials and running maxima beside the products.
+EFFICIENCY = {'attention': 0.65, 'grouped': 0.80}
+# FLOPs of a tile of queries x keys, in units of 2 x queries x keys x head_dim: scores and values; then scores, dP, dQ;
+# scores, dP, dK, dV; and all five at once where the backward pass is one kernel.
+PRODUCTS = {'fwd': 2, 'dq': 3, 'dkv': 4, 'fused': 5}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+  """flops, hbm_bytes: of one call. seconds: the larger of compute at the stated efficiency and memory at its full rate.
+  known: False where only memory is accounted for, because the kernel is not one that this file knows."""
+
+  name: str
+  flops: float
+  hbm_bytes: float
+  seconds: float
+  known: bool
+
+
+def kernel_of(computation: Computation, call: Instruction, chip: Chip) -> Kernel:
+  """The cost of a `tpu_custom_call`."""
+  inputs = [a for name in call.operands for a in computation.instructions[name].shape]
+  return kernel(name_of(call), inputs, list(call.shape), str(call.attributes.get('frontend_attributes', '')), chip)
+
+
+def kernel(name: str, inputs: list[Array], outputs: list[Array], notes: str, chip: Chip) -> Kernel:
+  """The same from shapes. notes: the tile sizes that splash leaves in the program."""
+  n_bytes = sum(a.padded_bytes for a in (*inputs, *outputs) if a.space == 0)
+  known, efficiency, flops = True, 1.0, 0.0
+  if 'splash' in name or 'flash' in name:
+    flops, head_dim = _attention(name, inputs, notes)
+    # A product that is narrower than the matrix unit leaves part of it idle: scores sum over head_dim, values are as wide.
+    efficiency = EFFICIENCY['attention'] * min(1.0, head_dim / chip.mxu)
+  elif re.search(r'gmm|ragged|grouped', name):
+    flops, efficiency = _grouped(inputs, outputs), EFFICIENCY['grouped']
+  else:
+    known = False
+  return Kernel(name, flops, n_bytes, max(flops / (chip.flops * efficiency), n_bytes / chip.hbm_rate), known)
+
+
+def name_of(call: Instruction) -> str:
+  """'splash_mha_dq' of the path '…/splash_mha_dq_segmented_no_residuals/pallas_call', or of the instruction's name."""
+  found = re.search(r'([\w.\-]+)/pallas_call', call.op_name)
+  name = found[1] if found else re.sub(r'[.\d]+$', '', call.name)
+  return re.sub(r'_(segmented|no_residuals|residuals)', '', name)
+
+
+def _attention(name: str, inputs: list[Array], notes: str) -> tuple[float, int]:
+  """FLOPs, and the dims of a head. Inputs: tables [heads, blocks of queries, of keys], q [.., N, T, H], k [.., K, S, H]."""
+  tables = [a for a in inputs if a.dtype in ('s8', 's16', 's32') and len(a.dims) == 3]
+  floats = [a for a in inputs if len(a.dims) >= 3 and a.dtype in ('bf16', 'f32', 'f16')]
+  q, k = floats[0].dims, floats[1].dims
+  kind = 'dkv' if 'dkv' in name else 'dq' if 'dq' in name else 'fwd'
+  fused = kind == 'dkv' and '"use_fused_bwd_kernel\\": true' in notes
+  T, S, H = q[-2], k[-2], q[-1]
+  rows = math.prod(q[:-2])  # heads of all examples
+  suffix = {'fwd': '', 'dq': '_dq', 'dkv': '_dkv'}[kind]
+  sizes = {key: int(n) for key, n in re.findall(r'(block_\w+)\W+(\d+)', notes)}
+  block_q, block_k = sizes.get(f'block_q{suffix}', 512), sizes.get(f'block_kv{suffix}', 512)
+  n_q, n_k = math.ceil(T / block_q), math.ceil(S / block_k)
+  width_q, width_k = tables[0].dims[-2:] if tables else (n_q, n_k)
+  visited = sum(min(width_k, max(1, math.ceil(((i + 1) * block_q + S - T) / block_k))) for i in range(n_q))
+  if kind == 'dkv' and width_q < n_q:
+    visited = sum(min(width_q, math.ceil((S - j * block_k) / block_q)) for j in range(n_k))
+  return rows * visited * 2.0 * block_q * block_k * H * PRODUCTS['fused' if fused else kind], H
+
+
+def _grouped(inputs: list[Array], outputs: list[Array]) -> float:
+  """2 x rows x inputs x outputs of a product of rows with the matrix of their group, or of its gradient to the matrices."""
+  matrices = [a.dims for a in (*inputs, *outputs) if len(a.dims) == 3 and a.dtype in ('bf16', 'f32')]
+  rows = [a.dims for a in inputs if len(a.dims) == 2 and a.dtype in ('bf16', 'f32')]
+  if not matrices or not rows:
+    return 0.0
+  return 2.0 * math.prod(matrices[0][1:]) * max(max(dims) if set(dims) - set(matrices[0]) else dims[0] for dims in rows)

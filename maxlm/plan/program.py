@@ -1,0 +1,116 @@
+"""Compiles the real steps of a config for a slice that is not here: the same functions that `maxlm.train` runs."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from data_pipeline.pack import FIELDS
+from maxlm.config import Experiment, validate
+from maxlm.plan.memory import Memory, does_not_fit, memory_of
+from maxlm.plan.topology import Topology
+from maxlm.sharding import make_mesh, spec
+from maxlm.start import say
+from maxlm.step import TrainState, eval_step, init_state, train_step
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Program:
+  """One compiled step. text: the scheduled HLO of one device. jaxpr: what was traced. seconds: to trace and to compile."""
+
+  name: str
+  text: str
+  memory: Memory
+  jaxpr: Any
+  tokens: int
+  seconds: tuple[float, float]
+
+
+def compile_train(config: Experiment, topology: Topology, mesh: Mesh) -> Program:
+  """The training step with its state donated. ValueError, in one line with what to change, where it does not fit."""
+  with jax.set_mesh(mesh):
+    step_config = config.step_config('tpu', n_sources(config))
+    state = abstract_state(config, mesh)
+    step = jax.jit(functools.partial(train_step, step_config), donate_argnums=0)
+    return _compile('train step', step, (state, abstract_batch(config.data.batch_size, config.data.seq_len)),
+                    config, topology)
+
+
+def compile_eval(config: Experiment, topology: Topology, mesh: Mesh) -> Program:
+  """The evaluation step on as many rows as a microbatch has, as `maxlm.train` makes it."""
+  with jax.set_mesh(mesh):
+    step_config = config.step_config('tpu', n_sources(config))
+    params = abstract_state(config, mesh).params
+    step = jax.jit(functools.partial(eval_step, step_config.model, step_config.compute))
+    rows = config.data.batch_size // config.microbatches
+    batch = abstract_batch(rows, config.data.seq_len, ('target_bytes',))
+    return _compile('eval step', step, (params, batch), config, topology)
+
+
+def mesh_for(config: Experiment, topology: Topology) -> Mesh:
+  """The config's mesh over the slice, after everything else that `maxlm.train` checks. ValueError with the fix."""
+  if config.model is None:
+    raise ValueError('this config takes its model from the run it starts from: plan a config that has a model')
+  devices = topology.devices()
+  validate(config, 'tpu', len(devices))
+  return make_mesh(config.mesh, devices)
+
+
+def abstract_state(config: Experiment, mesh: Mesh) -> TrainState:
+  """Shapes and shardings of the training state; the mesh is the current one."""
+  step_config = config.step_config('tpu', n_sources(config))
+  state = jax.eval_shape(lambda: init_state(step_config, jax.random.key(config.seed)))
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(
+    s.shape, s.dtype, sharding=NamedSharding(mesh, s.sharding.spec if s.sharding is not None else jax.P())), state)
+
+
+def abstract_batch(rows: int, length: int, more: tuple[str, ...] = ()) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and shardings of a batch of packed rows on the current mesh."""
+  mesh = jax.sharding.get_mesh()
+  shapes = {name: (rows, length) for name in (*FIELDS, *more)} | {'source': (rows,)}
+  return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec('BT'[:len(shape)])))
+          for name, shape in shapes.items()}
+
+
+def n_sources(config: Experiment) -> int:
+  """Of the mixture; a config that takes every source of its corpus is planned with one."""
+  return max(1, len(config.data.mixture))
+
+
+def compiler_options(topology: Topology) -> dict[str, str]:
+  """What `maxlm.train` tells the compiler on that generation."""
+  if importlib.util.find_spec('maxlm.compiler') is None:
+    return {}
+  from maxlm.compiler import options
+  return options(topology.chip.name)
+
+
+def _compile(name: str, step: Callable, args: tuple, config: Experiment, topology: Topology) -> Program:
+  started = time.time()
+  traced = step.trace(*args)
+  lowered = traced.lower()
+  traced_at = time.time()
+  say(f'traced   {name}, {traced_at - started:.1f} s; compiling for {topology.name} …')
+  with _one_line(name, config, topology):
+    compiled = lowered.compile(compiler_options=compiler_options(topology) or None)
+  seconds = time.time() - traced_at
+  say(f'compiled {name}, {seconds:.1f} s')
+  tokens = args[1]['tokens'].size
+  return Program(name=name, text=compiled.as_text(), memory=memory_of(compiled), jaxpr=traced.jaxpr, tokens=tokens,
+                 seconds=(traced_at - started, seconds))
+
+
+@contextlib.contextmanager
+def _one_line(name: str, config: Experiment, topology: Topology) -> Iterator[None]:
+  """Turns the compiler's pages on running out of memory into one line."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(does_not_fit(str(error), name, config, topology)) from error

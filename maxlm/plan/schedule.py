@@ -1,0 +1,293 @@
+"""Walks a scheduled program as the chip would: one core in order, wires and copy engines beside it.
+
+A synchronous instruction takes the core's time. One that starts something occupies its wires from when they are free; its
+`done` waits for what is left of it: that is exposed, the rest is hidden. A loop takes its body's time x its trips.
+"""
+
+import collections
+import dataclasses
+
+from maxlm.plan import collectives, kernels, work
+from maxlm.plan.collectives import Collective, collective_of
+from maxlm.plan.hlo import Computation, Instruction, Module
+from maxlm.plan.loops import trip_count
+from maxlm.plan.network import Network
+
+PRODUCTS, OTHERS, ROOFLINE, KERNELS = 'compiler cycles, products', 'compiler cycles, other', 'roofline', 'kernels, analytic'
+LINKS, COPIES = 'exposed communication', 'waiting for copies'
+SOURCES = (PRODUCTS, OTHERS, ROOFLINE, KERNELS, LINKS, COPIES)
+SPARSE_CORE_SHARE = 0.8  # of HBM's rate, that gathers on the sparse cores reach: the compiler's own figure
+
+
+@dataclasses.dataclass(slots=True)
+class Bar:
+  """A piece of the timeline. lane: 'core', 'kernel', 'copies', 'sparse core', or wires. body: of a loop, and its trips."""
+
+  name: str
+  part: str
+  lane: str
+  start: float
+  seconds: float
+  body: 'Span | None' = None
+  trips: int = 1
+
+
+@dataclasses.dataclass(slots=True)
+class Traffic:
+  """All runs of collectives of one kind along the same axes. received: bytes into a device. seconds: on the wires."""
+
+  count: int = 0
+  received: float = 0.0
+  seconds: float = 0.0
+  exposed: float = 0.0
+
+  def add(self, other: 'Traffic', times: int = 1) -> None:
+    for field in ('count', 'received', 'seconds', 'exposed'):
+      setattr(self, field, getattr(self, field) + times * getattr(other, field))
+
+
+@dataclasses.dataclass(slots=True)
+class Span:
+  """What a computation does, loops multiplied out; `bars` are of one round.
+
+  sources: seconds of the core by where the number comes from. parts: the same by part of the model. busy: seconds of each
+  wire. traffic: by (axes, kind). calls: by kernel: count, seconds, flops. flops: of products and kernels.
+  """
+
+  seconds: float = 0.0
+  serial: float = 0.0
+  flops: float = 0.0
+  product_flops: float = 0.0
+  hbm_bytes: float = 0.0
+  sources: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  busy: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  calls: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  traffic: dict[tuple[str, str], Traffic] = dataclasses.field(default_factory=dict)
+  bars: list[Bar] = dataclasses.field(default_factory=list)
+  notes: set[str] = dataclasses.field(default_factory=set)
+
+  def add(self, other: 'Span', times: int = 1) -> None:
+    """Everything but the time and the bars of another span, that often."""
+    for field in ('serial', 'flops', 'product_flops', 'hbm_bytes'):
+      setattr(self, field, getattr(self, field) + times * getattr(other, field))
+    for field in ('sources', 'parts', 'busy'):
+      for key, value in getattr(other, field).items():
+        getattr(self, field)[key] += times * value
+    for name, numbers in other.calls.items():
+      mine = self.calls.setdefault(name, [0, 0.0, 0.0])
+      self.calls[name] = [a + times * b for a, b in zip(mine, numbers)]
+    for key, traffic in other.traffic.items():
+      self.traffic.setdefault(key, Traffic()).add(traffic, times)
+    self.notes |= other.notes
+
+
+@dataclasses.dataclass(slots=True)
+class Flight:
+  """Something that was started. steps: it goes on only while fusions that carry it run (continuation fusions)."""
+
+  name: str
+  begin: float
+  seconds: float
+  collective: Collective | None
+  lane: str
+  steps: bool = False
+  done: float = 0.0  # seconds of it that have passed, where it goes by steps
+
+
+def walk(module: Module, network: Network, computation: Computation | None = None) -> Span:
+  """The span of a computation, by default the entry. ValueError if the module is not scheduled."""
+  if not module.scheduled:
+    raise ValueError('this HLO is not scheduled (is_scheduled=true): take the text of the compiled program')
+  return _Walk(module, network, computation or module.entry).run()
+
+
+class _Walk:
+  """One pass over one computation."""
+
+  def __init__(self, module: Module, network: Network, computation: Computation):
+    self.module, self.network, self.chip, self.computation = module, network, network.chip, computation
+    self.now, self.free, self.flights, self.carries, self.span = 0.0, {}, {}, {}, Span()
+
+  def run(self) -> Span:
+    for instruction in self.computation:
+      self._step(instruction)
+    self.span.seconds = self.now
+    return self.span
+
+  def _step(self, i: Instruction) -> None:
+    self._carry(i)
+    if work.is_free(i):
+      return
+    if i.opcode == 'while':
+      return self._loop(i)
+    if i.opcode in ('call', 'conditional'):
+      spans = [walk(self.module, self.network, called) for called in self.module.called(i)]
+      return self._inline(i, max(spans, key=lambda span: span.seconds), 1)
+    if i.opcode.endswith('-done') or collectives.is_done_fusion(self.module, i):
+      return self._finish(i)
+    if i.opcode.endswith(('-update', '-start')) or collectives.is_start_fusion(self.module, i):
+      return self._begin(i)
+    collective = collective_of(self.module, i, self.network)
+    if collective is not None:
+      flight = self._fly(i, collective)
+      self.now = self._land(flight)
+      return
+    if work.target(i) == 'tpu_custom_call':
+      return self._kernel(i)
+    self._compute(i)
+
+  def _compute(self, i: Instruction) -> None:
+    n_flops = work.flops(self.module, self.computation, i)
+    n_bytes = work.hbm_bytes(self.module, self.computation, i)
+    bound = max(n_flops / self.chip.flops, n_bytes / self.chip.hbm_rate)
+    seconds, source = bound, ROOFLINE
+    if i.cycles is not None and i.cycles / self.chip.clock >= bound:
+      seconds, source = i.cycles / self.chip.clock, PRODUCTS if n_flops else OTHERS
+    for flight in {id(f): f for f in (self.carries.get(name) for name in i.operands) if f}.values():
+      flight.done += seconds
+    self._take(i, seconds, source, 'core')
+    self.span.flops += n_flops
+    self.span.product_flops += n_flops
+    self.span.hbm_bytes += n_bytes
+
+  def _kernel(self, i: Instruction) -> None:
+    kernel = kernels.kernel_of(self.computation, i, self.chip)
+    calls = self.span.calls.setdefault(kernel.name, [0, 0.0, 0.0])
+    self.span.calls[kernel.name] = [calls[0] + 1, calls[1] + kernel.seconds, calls[2] + kernel.flops]
+    if not kernel.known:
+      self.span.notes.add(f'kernel {kernel.name} is not known: only its memory traffic is counted')
+    self._take(i, kernel.seconds, KERNELS, 'kernel')
+    self.span.flops += kernel.flops
+    self.span.hbm_bytes += kernel.hbm_bytes
+
+  def _take(self, i: Instruction, seconds: float, source: str, lane: str) -> None:
+    """The core is busy."""
+    part = part_of(i.op_name)
+    if seconds:
+      self.span.bars.append(Bar(i.name, part, lane, self.now, seconds))
+    self.now += seconds
+    self.span.serial += seconds
+    self.span.sources[source] += seconds
+    self.span.parts[part] += seconds
+
+  def _wait(self, seconds: float, source: str, part: str) -> None:
+    self.now += seconds
+    self.span.sources[source] += seconds
+    self.span.parts[part] += seconds
+
+  def _loop(self, i: Instruction) -> None:
+    trips = trip_count(self.module, self.computation, i)
+    if trips is None:
+      self.span.notes.add(f'the trip count of {i.name} cannot be read: it is counted once')
+    self._inline(i, walk(self.module, self.network, self.module.called(i)[1]), 1 if trips is None else trips)
+
+  def _inline(self, i: Instruction, body: Span, trips: int) -> None:
+    self.span.add(body, trips)
+    self.span.bars.append(Bar(i.name, part_of(i.op_name), 'loop', self.now, body.seconds * trips, body, trips))
+    self.now += body.seconds * trips
+
+  # -- what runs beside the core
+
+  def _begin(self, i: Instruction) -> None:
+    """Starts a collective, a copy between memories, or work on the sparse cores."""
+    if i.opcode.endswith('-update'):
+      earlier = self._flight(i)
+      if earlier is not None and earlier.seconds:
+        self.carries[i.name] = earlier
+        return
+    collective = collective_of(self.module, i, self.network)
+    if collective is not None:
+      flight = self._fly(i, collective, steps=i.opcode == 'fusion')
+    elif i.opcode in ('copy-start', 'slice-start') or i.opcode == 'dynamic-slice-start':
+      n_bytes, to_host = work.moved_bytes(i)
+      lane, rate = ('host', self.chip.host_rate) if to_host else ('copies', self.chip.hbm_rate)
+      flight = self._occupy(i, lane, n_bytes / rate)
+      self.span.hbm_bytes += n_bytes
+    else:
+      n_bytes = sum(work.hbm_bytes(self.module, called, inner) for called in self.module.called(i)
+                    for inner in called if not work.is_free(inner)) if i.operands else 0
+      if i.opcode.endswith('-update') and not i.called:
+        operands = [self.computation.instructions[name] for name in i.operands]
+        n_bytes = sum(a.padded_bytes for a in i.shape if a.space == 0) if operands else 0
+      flight = self._occupy(i, 'sparse core', n_bytes / (self.chip.hbm_rate * SPARSE_CORE_SHARE))
+      self.span.hbm_bytes += n_bytes
+    self.flights[i.name] = self.carries[i.name] = flight
+
+  def _fly(self, i: Instruction, collective: Collective, steps: bool = False) -> Flight:
+    route = collective.route
+    begin = max([self.now, *(self.free.get(wire, 0.0) for wire in route.wires)])
+    for wire in route.wires:
+      self.free[wire] = begin + route.seconds
+      self.span.busy[wire] += route.seconds
+    self.span.serial += route.seconds
+    lane = ' '.join(sorted({wire.strip('+-') for wire in route.wires})) or 'none'
+    self.span.bars.append(Bar(i.name, f'{collective.kind} {route.axes}', lane, begin, route.seconds))
+    key = route.axes, collective.kind
+    self.span.traffic.setdefault(key, Traffic()).add(Traffic(1, route.received, route.seconds, 0.0))
+    return Flight(i.name, begin, route.seconds, collective, lane, steps)
+
+  def _occupy(self, i: Instruction, lane: str, seconds: float) -> Flight:
+    begin = max(self.now, self.free.get(lane, 0.0))
+    self.free[lane] = begin + seconds
+    self.span.serial += seconds
+    if seconds:
+      self.span.bars.append(Bar(i.name, part_of(i.op_name), lane, begin, seconds))
+    return Flight(i.name, begin, seconds, None, lane)
+
+  def _finish(self, i: Instruction) -> None:
+    flight = self._flight(i)
+    if flight is None:
+      self.span.notes.add(f'{i.name} finishes something that was started elsewhere: it is taken as finished')
+      return
+    self.now = self._land(flight)
+
+  def _land(self, flight: Flight) -> float:
+    """When the core goes on: at the end of the flight, if that is still to come."""
+    end = self.now + max(0.0, flight.seconds - flight.done) if flight.steps else flight.begin + flight.seconds
+    waited = max(0.0, end - self.now)
+    now = max(self.now, end)
+    if flight.collective is None:
+      self.span.sources[COPIES] += waited
+      self.span.parts['copies'] += waited
+    else:
+      self.span.sources[LINKS] += waited
+      self.span.parts[part_of(flight.collective.op_name)] += waited
+      self.span.traffic[flight.collective.route.axes, flight.collective.kind].exposed += waited
+    return now
+
+  def _flight(self, i: Instruction) -> Flight | None:
+    """What an instruction goes on with or finishes."""
+    for name in i.operands:
+      if name in self.carries:
+        return self.carries[name]
+    return None
+
+  def _carry(self, i: Instruction) -> None:
+    """Follows a flight through tuples and through the fusions that carry it along as buffers of theirs."""
+    if i.opcode == 'get-tuple-element' and i.operands[0] in self.carries:
+      flight = self.carries[i.operands[0]]
+      source = self.computation.instructions[i.operands[0]]
+      if not flight.steps or source.name == flight.name or i.number('index') in self._carried(source):
+        self.carries[i.name] = flight
+    elif i.opcode == 'fusion' and (operands := [name for name in i.operands if name in self.carries]):
+      if self.carries[operands[0]].steps and i.aliases:
+        self.carries[i.name] = self.carries[operands[0]]
+
+  def _carried(self, fusion: Instruction) -> set[int]:
+    return {out for out, operand in fusion.aliases.items() if fusion.operands[operand] in self.carries}
+
+
+GENERIC = ('while', 'body', 'cond', 'eval_jaxpr', 'checkpoint', 'rematted_computation', 'shard_map', 'closed_call', 'jvp()',
+           'transpose(jvp())', 'vmap()', 'custom_vjp_call', 'remat')
+
+
+def part_of(op_name: str) -> str:
+  """'mlp, backward' of 'jit(train_step)/transpose(jvp())/while/body/eval_jaxpr/checkpoint/mlp/BTF,FD->BTD/dot_general'."""
+  if not op_name:
+    return 'other'
+  phase = ', recomputed' if 'rematted' in op_name else ', backward' if 'transpose(' in op_name else ''
+  path = op_name.split('/')
+  path = path[:-3] if path[-1] == 'pallas_call' else path[:-1]  # the name of a kernel comes twice
+  names = [name for name in path if name not in GENERIC and not name.startswith(('jit(', 'vmap('))]
+  return (names[0] if names and '->' not in names[0] else 'other') + phase
