@@ -24,6 +24,7 @@ from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions, expert_layers
 from maxlm.ops.attention import check_attention
 from maxlm.ops.exchange import exchange_for
+from maxlm.ops.grouped_matmul import check_grouped_matmul
 from maxlm.optim import OptimConfig
 from maxlm.sharding import AXES, RULES, MeshConfig
 from maxlm.step import StepConfig
@@ -120,6 +121,8 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   sizes = dict(zip(AXES, config.mesh.shape(n_devices)))
   _check_mesh(config, sizes)
   _check_experts(config, sizes)
+  if expert_layers(model):
+    check_grouped_matmul(compute.experts_kernel, platform, compute.dtype)
 
 
 def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
@@ -171,7 +174,7 @@ def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   meant = ''
   if config.pod and len(devices) != config.pod_devices:
     meant = f'pod      meant for {config.pod}, {config.pod_devices} devices; this machine has {len(devices)}\n'
-  experts = _describe_experts(config)
+  experts = _describe_experts(config, platform)
   return (f'{meant}model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers '
           f'({", ".join(f"{n} x {kind}" for kind, n in kinds.items())}), '
           f'width {model.d_model}, vocabulary {model.vocab_size}\n'
@@ -181,9 +184,10 @@ def describe(config: Experiment, platform: str, n_parameters: int) -> str:
           f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step:,} tokens in all')
 
 
-def _describe_experts(config: Experiment) -> str:
+def _describe_experts(config: Experiment, platform: str) -> str:
   """A line on how tokens come to their experts, and a loud one where the routers do not decide."""
-  lines, devices = [], dict(zip(AXES, config.mesh.shape(jax.device_count())))[RULES['E'][0]]
+  lines, kernel = [], config.compute.resolve(platform).experts_kernel
+  devices = dict(zip(AXES, config.mesh.shape(jax.device_count())))[RULES['E'][0]]
   for spec, layers in expert_layers(config.model):
     way = 'all on each device, none dropped'
     if devices > 1:
@@ -191,7 +195,7 @@ def _describe_experts(config: Experiment) -> str:
       exchange = config.compute.exchange or f'{exchange_for(spec.k, devices)} (of less bytes x links)'
       fits = 'none dropped' if capacity is None else f'at most {capacity} times the average load of a device'
       way = f'on {devices} devices, {exchange}, {fits}'
-    lines.append(f'experts  {spec.k} of {spec.n_experts} in {len(layers)} layers: {way}')
+    lines.append(f'experts  {spec.k} of {spec.n_experts} in {len(layers)} layers: {way}; products by {kernel}')
   if config.compute.benchmark_routing:
     lines.append(f'WARNING  {config.compute.benchmark_routing.upper()} ROUTING, a benchmark: experts in turn, the routers do not '
                  'decide and the model learns nothing of worth')

@@ -61,7 +61,8 @@ def load(checkpoint: str, dtype: str | None = None) -> Model:
   checkpoints, step = find(checkpoint)
   meta, workdir = checkpoints.meta(step), checkpoints.directory.parent
   config, model = typed_json.decode(meta['config'], Experiment) if 'config' in meta else None, model_of(meta)
-  compute = dataclasses.replace(config.compute if config else ComputeConfig(), dtype=dtype, kernel=None)
+  compute = dataclasses.replace(config.compute if config else ComputeConfig(), dtype=dtype, kernel=None,
+                                experts_kernel=None)
   text = (workdir / 'tokenizer.json').read_text() if (workdir / 'tokenizer.json').exists() else None
   tokenizer = tokenizers.Tokenizer.from_str(text) if text is not None else None
   hf = meta.get('hf', {}).get('config', {})

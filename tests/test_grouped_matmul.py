@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.models.decoder import ComputeConfig
 from maxlm.ops import grouped_gpu, grouped_tpu
 from maxlm.ops import grouped_matmul as ops
 from maxlm.sharding import axes, spec
@@ -196,10 +197,10 @@ def test_the_contractions_that_tokamax_is_asked_for_are_those_of_the_gradients()
 
 def test_tokamax_is_imported_only_when_it_is_to_be_used(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ImportError, match=r"not installed: pip install 'maxlm\[kernels\]', or use 'blocked'"):
+  with pytest.raises(ValueError, match=r"not installed: pip install 'maxlm\[kernels\]', or use 'blocked'"):
     ops.check_grouped_matmul('tokamax', 'gpu', 'bfloat16')
   x, w, _, sizes = example([15, 0, 0])
-  with pytest.raises(ImportError, match=r"pip install 'maxlm\[kernels\]'"):
+  with pytest.raises(ValueError, match=r"pip install 'maxlm\[kernels\]'"):
     ops.grouped_matmul(x, w, sizes, kernel='tokamax')
 
 
@@ -214,6 +215,13 @@ def test_what_a_kernel_cannot_do_is_refused_in_one_line(kernel, platform, dtype,
   with pytest.raises(ValueError, match=message) as error:
     ops.check_grouped_matmul(kernel, platform, dtype)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('platform, dtype, kernel', [
+  ('cpu', 'float32', 'blocked'), ('tpu', 'float32', 'pallas'), ('gpu', 'bfloat16', 'tokamax'), ('gpu', 'float32', 'blocked')])
+def test_a_platform_has_its_kernel(platform, dtype, kernel):
+  assert ComputeConfig(dtype=dtype).resolve(platform).experts_kernel == kernel
+  assert ComputeConfig(dtype=dtype, experts_kernel='ragged_dot').resolve(platform).experts_kernel == 'ragged_dot'
 
 
 @pytest.mark.parametrize('kernel, platform', [('blocked', 'gpu'), ('pallas', 'tpu'), ('ragged_dot', 'tpu')])

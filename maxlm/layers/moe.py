@@ -177,9 +177,9 @@ def _here_or_there(spec: MoeSpec, dispatch: ops.Dispatch):
   """The way for this mesh: all experts are on each device, or tokens are exchanged."""
   devices = axis_size('E')
   if devices == 1:
-    return sorted_experts
+    return functools.partial(sorted_experts, kernel=dispatch.kernel)
   way = {'gather': gathered_experts, 'all_to_all': sent_experts}[dispatch.exchange or ops.exchange_for(spec.k, devices)]
-  return functools.partial(way, capacity=dispatch.capacity)
+  return functools.partial(way, capacity=dispatch.capacity, kernel=dispatch.kernel)
 
 
 def _within_capacity(spec, dispatch, experts_CJ):
@@ -190,17 +190,17 @@ def _within_capacity(spec, dispatch, experts_CJ):
   return ops.within_capacity(experts_CJ, spec.n_experts, rows(dispatch.capacity))
 
 
-def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, rows=None) -> jax.Array:
+def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, rows=None) -> jax.Array:
   """The weighted sum [C, D] of the outputs of each token's experts, those of w: rows of pairs, sorted by expert."""
   with jax.named_scope('dispatch'):
     order = ops.sort_pairs(experts_CJ, w['w_up_EDF'].shape[0], experts_CJ.size if rows is None else rows)
     x_RD = ops.to_rows(x_CD, order)
-  y_RD = sorted_mlp(spec, w, x_RD, order.sizes_E)
+  y_RD = sorted_mlp(spec, w, x_RD, order.sizes_E, kernel)
   with jax.named_scope('combine'):
     return ops.from_rows(y_RD, weights_CJ, order)
 
 
-def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, capacity=None) -> jax.Array:
+def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same where the experts are on several devices: each gets the tokens of all, and the sum of what all make of them is
   scattered to where they came from."""
   experts, devices = w['w_up_EDF'].shape[0], axis_size('E')
@@ -209,12 +209,12 @@ def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, e
     mine_CJ = experts_CJ - experts * jax.lax.axis_index(axes('E'))
     mine_CJ = jnp.where((mine_CJ >= 0) & (mine_CJ < experts), mine_CJ, experts)
   rows = ops.buffer_rows(x_CD.shape[0] // devices, mine_CJ.shape[1], devices, experts, capacity)
-  y_CD = sorted_experts(spec, w, x_CD, weights_CJ, mine_CJ, rows)
+  y_CD = sorted_experts(spec, w, x_CD, weights_CJ, mine_CJ, kernel, rows)
   with jax.named_scope('combine'):
     return jax.lax.psum_scatter(y_CD, axes('E'), tiled=True)
 
 
-def sent_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, capacity=None) -> jax.Array:
+def sent_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same by all-to-all: each pair's row goes to the device of its expert, and its output comes back."""
   (experts, *_), devices = w['w_up_EDF'].shape, axis_size('E')
   with jax.named_scope('dispatch'):
@@ -222,12 +222,12 @@ def sent_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, exper
     slices = ops.slices_of(order.sizes_E)
     there_RD = ops.exchange(ops.to_rows(x_CD, order), slices,
                             ops.buffer_rows(*experts_CJ.shape, devices, experts, capacity))
-  y_RD = sorted_mlp(spec, w, there_RD, slices.got_XL.sum(axis=0))
+  y_RD = sorted_mlp(spec, w, there_RD, slices.got_XL.sum(axis=0), kernel)
   with jax.named_scope('combine'):
     return ops.from_rows(ops.exchange(y_RD, slices.back(), experts_CJ.size), weights_CJ, order)
 
 
-def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, sizes_E) -> jax.Array:
+def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, sizes_E, kernel) -> jax.Array:
   """Each row through the expert it belongs to -> [R, D]; rows past the sum of sizes_E are undefined."""
 
   R, stop_E = x_RD.shape[0], jnp.cumsum(sizes_E)
@@ -235,7 +235,7 @@ def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, sizes_E) -> jax.Arr
   is_of_RE = (row_R1 < stop_E) & (row_R1 >= stop_E - sizes_E)
 
   def project(x_RD, w_EDF, b_EF):
-    y_RF = grouped_matmul(x_RD, w_EDF, sizes_E)
+    y_RF = grouped_matmul(x_RD, w_EDF, sizes_E, kernel=kernel)
     if b_EF is None:
       return y_RF
     b_RF = jnp.einsum('RE,EF->RF', is_of_RE.astype(y_RF.dtype), b_EF, precision='highest')  # b_EF[expert]: sums up row by row

@@ -29,6 +29,7 @@ from maxlm.layers.param import normal
 from maxlm.layers.rope import RopeSpec, rope_table
 from maxlm.layers.router import RouterStats
 from maxlm.layers.rows import Past, Rows, rope_key
+from maxlm.ops import grouped_matmul
 from maxlm.ops.embedding import look_up
 from maxlm.ops.exchange import Dispatch
 from maxlm.sharding import spec as shard
@@ -91,6 +92,7 @@ class ComputeConfig:
   dtype: of activations and of weights in use (None: bfloat16 on accelerators, float32 on CPU). kernel: of attention
   (None: splash on TPU, else chunked). remat: 'none' keeps all activations, 'attention' keeps only the output of
   attention and the layer's input, 'full' only the layer's input. unroll: periods of layers a scan step holds.
+  experts_kernel: of the products with experts (None: pallas on TPU, tokamax on GPU, blocked on CPU; `ops.grouped_matmul`).
   exchange: of tokens between the devices of mesh.expert: 'gather' brings all tokens to all of them, 'all_to_all' each to the
   devices of its experts (None: what takes less time, `ops.exchange.exchange_for`).
 
@@ -102,14 +104,16 @@ class ComputeConfig:
   kernel: Literal['reference', 'chunked', 'splash'] | None = None
   remat: Literal['none', 'attention', 'full'] = 'none'
   unroll: int = 1
+  experts_kernel: Literal['blocked', 'pallas', 'tokamax', 'ragged_dot'] | None = None
   exchange: Literal['gather', 'all_to_all'] | None = None
   capacity: float | None = None
   benchmark_routing: Literal['balanced'] | None = None
 
   def resolve(self, platform: str) -> 'ComputeConfig':
     """The choices that None leaves to the platform ('cpu', 'gpu', 'tpu'), made."""
-    return dataclasses.replace(self, dtype=self.dtype or ('float32' if platform == 'cpu' else 'bfloat16'),
-                               kernel=self.kernel or ('splash' if platform == 'tpu' else 'chunked'))
+    dtype = self.dtype or ('float32' if platform == 'cpu' else 'bfloat16')
+    return dataclasses.replace(self, dtype=dtype, kernel=self.kernel or ('splash' if platform == 'tpu' else 'chunked'),
+                               experts_kernel=self.experts_kernel or grouped_matmul.default_kernel(platform, dtype))
 
 
 class Layer(nnx.Module):
@@ -264,7 +268,7 @@ def rows_for(config: DecoderConfig, compute: ComputeConfig, segment_ids_BT, posi
   """What the layers are told of the rows; each table of angles is made once."""
   turned = {rope_key(*rope): rope for layer in config.pattern for rope in ropes(layer.mixer)}
   tables = {key: rope_table(positions_BT, *rope) for key, rope in turned.items()}
-  dispatch = Dispatch(compute.exchange, compute.capacity, compute.benchmark_routing == 'balanced')
+  dispatch = Dispatch(compute.exchange, compute.capacity, compute.benchmark_routing == 'balanced', compute.experts_kernel)
   return Rows(segment_ids_BT, positions_BT, tables, compute.kernel, config.norm, dispatch)
 
 

@@ -19,11 +19,12 @@ from maxlm.sharding import axes, axis_size
 
 
 class Dispatch(NamedTuple):
-  """How tokens come to their experts (`ComputeConfig` says what the fields mean)."""
+  """How tokens come to their experts, and which kernel multiplies them (`ComputeConfig` says what the fields mean)."""
 
   exchange: Literal['gather', 'all_to_all'] | None = None
   capacity: float | None = None
   balanced: bool = False
+  kernel: str = 'blocked'
 
 
 def exchange_for(k: int, devices: int) -> Literal['gather', 'all_to_all']:

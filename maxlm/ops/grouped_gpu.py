@@ -37,10 +37,10 @@ def outer(x_PD: jax.Array, dy_PF: jax.Array, sizes_E: jax.Array, *, dtype) -> ja
 
 
 def check_installed() -> None:
-  """ImportError that says what to install."""
+  """ValueError that says what to install."""
   if importlib.util.find_spec('tokamax') is None:
-    raise ImportError("experts_kernel='tokamax' needs tokamax, which is not installed: pip install 'maxlm[kernels]', or use "
-                      "'blocked'")
+    raise ValueError("experts_kernel='tokamax' needs tokamax, which is not installed: pip install 'maxlm[kernels]', or use "
+                     "'blocked'")
 
 
 def _kernel():

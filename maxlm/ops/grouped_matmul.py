@@ -26,9 +26,14 @@ KERNEL_OF_PLATFORM = {'cpu': 'blocked', 'gpu': 'tokamax', 'tpu': 'pallas'}
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
 
 
+def default_kernel(platform: str, dtype) -> str:
+  """What is fastest for that dtype on 'cpu', 'gpu' or 'tpu'."""
+  kernel = KERNEL_OF_PLATFORM[platform]
+  return 'blocked' if kernel == 'tokamax' and jnp.dtype(dtype) != jnp.bfloat16 else kernel
+
+
 def check_grouped_matmul(kernel: str, platform: str, dtype) -> None:
-  """ValueError, in one line that names a kernel that can, if `kernel` cannot be used on `platform`; ImportError if tokamax
-  is to be used and is not there."""
+  """ValueError, in one line that names a kernel that can, if `kernel` cannot be used on `platform`, or is not installed."""
   if kernel not in KERNELS:
     raise ValueError(f'experts_kernel {kernel!r} is none of {", ".join(KERNELS)}')
   if kernel == 'pallas' and platform != 'tpu':
@@ -44,16 +49,12 @@ def check_grouped_matmul(kernel: str, platform: str, dtype) -> None:
     grouped_gpu.check_installed()
 
 
-def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, kernel: str | None = None,
-                   interpret: bool = False) -> jax.Array:
+def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, kernel: str, interpret: bool = False) -> jax.Array:
   """Each row times the matrix of its group -> [P, F] in the dtype of x; zeros past the groups.
 
   sizes_E: rows of each group, P or less in all; any of them may be 0. interpret: run Pallas's Python on a CPU, for tests.
   """
   assert not interpret or jax.default_backend() == 'cpu', 'an interpreted kernel is for tests on a CPU'
-  if kernel is None:
-    product = lambda name: functools.partial(_product, kernel=name, interpret=False)
-    return jax.lax.platform_dependent(x_PD, w_EDF, sizes_E, cpu=product('blocked'), default=product('ragged_dot'))
   return _product(x_PD, w_EDF, sizes_E, kernel, interpret)
 
 
