@@ -22,7 +22,7 @@ from maxlm.layers.moe import MoeSpec
 from maxlm.lora import LoraConfig
 from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions, expert_layers
-from maxlm.ops.attention import check_attention
+from maxlm.ops.attention import check_attention, has_halo
 from maxlm.ops.exchange import exchange_for
 from maxlm.ops.grouped_matmul import check_grouped_matmul
 from maxlm.optim import OptimConfig
@@ -105,8 +105,9 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   for source, weight in data.mixture.items():
     if weight < 1:
       raise ValueError(f'data.mixture[{source!r}]={weight}: weights are whole numbers from 1; leave a source out to skip it')
-  compute = config.compute.resolve(platform)
-  kernel_check = functools.partial(check_attention, compute.kernel, platform, seq_len=data.seq_len, dtype=compute.dtype)
+  sizes, compute = dict(zip(AXES, config.mesh.shape(n_devices))), config.compute.resolve(platform)
+  kernel_check = functools.partial(check_attention, compute.kernel, platform, seq_len=data.seq_len, dtype=compute.dtype,
+                                   chunks=_row_chunks(sizes))
   for i, layer in enumerate(model.pattern):
     if not layer.parts:
       raise ValueError(f'model.pattern[{i}] has neither a mixer nor an mlp')
@@ -118,7 +119,6 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
       kernel_check(window=None, softcap=None, sinks=False, head_dim=layer.mixer.nope_dim + layer.mixer.rope_dim)
   if model.max_positions is not None and data.seq_len > model.max_positions:
     raise ValueError(f'data.seq_len={data.seq_len} is more than the {model.max_positions} positions of the model')
-  sizes = dict(zip(AXES, config.mesh.shape(n_devices)))
   _check_mesh(config, sizes)
   _check_experts(config, sizes)
   if expert_layers(model):
@@ -127,9 +127,11 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
 
 def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
   """ValueError unless every split dimension divides by the mesh axes it is split over."""
-  for axis in RULES['T']:
-    if sizes[axis] > 1:
-      raise ValueError(f'mesh.{axis}={sizes[axis]}: no layer of this version is split over {axis}; set it to 1')
+  length, chunks = config.data.seq_len, _row_chunks(sizes)
+  if length % chunks:
+    axis = RULES['T'][0]
+    raise ValueError(f'data.seq_len={length} does not divide into {chunks} chunks (2 x mesh.{axis}={sizes[axis]}): use a '
+                     f'multiple of {chunks}, such as {-(-length // chunks) * chunks}')
   dims = {'model.vocab_size': ('V', config.model.vocab_size), 'model.d_model': ('D', config.model.d_model)}
   for i, layer in enumerate(config.model.pattern):
     dims |= {f'model.pattern[{i}].{name}.{field}': split
@@ -144,6 +146,12 @@ def _check_mesh(config: Experiment, sizes: dict[str, int]) -> None:
     unit = parts * config.microbatches
     raise ValueError(f'data.batch_size={rows} rows do not divide into {config.microbatches} microbatches x {parts} parts '
                      f'({" x ".join(RULES["B"])} of the mesh): use a multiple of {unit}, such as {-(-rows // unit) * unit}')
+
+
+def _row_chunks(sizes: dict[str, int]) -> int:
+  """Into how many chunks a row is cut: two a device where devices share it (`ops.context`)."""
+  parts = math.prod(sizes[axis] for axis in RULES['T'])
+  return 2 * parts if parts > 1 else 1
 
 
 def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
@@ -174,14 +182,26 @@ def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   meant = ''
   if config.pod and len(devices) != config.pod_devices:
     meant = f'pod      meant for {config.pod}, {config.pod_devices} devices; this machine has {len(devices)}\n'
-  experts = _describe_experts(config, platform)
+  rows, experts = _describe_rows(config), _describe_experts(config, platform)
   return (f'{meant}model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers '
           f'({", ".join(f"{n} x {kind}" for kind, n in kinds.items())}), '
           f'width {model.d_model}, vocabulary {model.vocab_size}\n'
           f'compute  {len(devices)} x {devices[0].device_kind}, {compute.dtype}, attention kernel {compute.kernel}, '
-          f'remat {compute.remat}\n{experts}'
+          f'remat {compute.remat}\n{rows}{experts}'
           f'steps    {config.n_steps:,} of {config.data.batch_size} x {config.data.seq_len} = '
           f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step:,} tokens in all')
+
+
+def _describe_rows(config: Experiment) -> str:
+  """A line on rows that devices share: what the layers exchange."""
+  chunks = _row_chunks(dict(zip(AXES, config.mesh.shape(jax.device_count()))))
+  if chunks == 1:
+    return ''
+  length = config.data.seq_len // chunks
+  windows = sorted({spec.window for layer in config.model.pattern for spec in attentions(layer.mixer) if spec.window})
+  how = [f'window {w}: {"a halo of " + str(w - 1) if has_halo(w, length) else "longer than a chunk, so whole rows of keys"}'
+         for w in windows]
+  return f'rows     of {chunks} chunks of {length} tokens, two on a device{"".join("; " + part for part in how)}\n'
 
 
 def _describe_experts(config: Experiment, platform: str) -> str:

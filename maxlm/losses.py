@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from maxlm.layers.moe import MoeSpec
 from maxlm.layers.router import RouterStats
 from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig, expert_layers
+from maxlm.ops.context import to_natural, to_zigzag
 from maxlm.ops.xent import cross_entropy
 
 
@@ -51,12 +52,13 @@ def next_token_loss(params: Decoder, model: DecoderConfig, compute: ComputeConfi
   batch: tokens, targets, segment_ids, positions, loss_mask, int32 [B, T]; a target counts where loss_mask is 1: not in
   padding, and of a conversation only what the assistant says.
   """
+  batch = {name: to_zigzag(batch[name]) for name in ('tokens', 'targets', 'segment_ids', 'positions', 'loss_mask')}
   x_BTD, stats = params.hidden(model, compute, batch['tokens'], batch['segment_ids'], batch['positions'])
   weights_BT = batch['loss_mask'].astype(jnp.float32)
   loss_sum, nll_BT = cross_entropy(x_BTD, params.head_DV(), batch['targets'], weights_BT,
                                    softcap=model.logits_softcap, z_loss=loss.z_loss)
   routers = [router_sums(spec, loss, s, batch['segment_ids'] > 0) for (spec, _), s in zip(expert_layers(model), stats)]
-  return loss_sum, nll_BT * weights_BT, routers
+  return loss_sum, to_natural(nll_BT * weights_BT), routers
 
 
 def router_sums(spec: MoeSpec, loss: LossConfig, stats: RouterStats, real_BT: jax.Array) -> dict[str, jax.Array]:

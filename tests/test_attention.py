@@ -10,6 +10,7 @@ import pytest
 
 from maxlm.ops import attention as ops
 from maxlm.ops import splash
+from maxlm.ops.tiles import TABLE, Tiles, tiles_for
 from maxlm.sharding import spec
 
 DIMS = ('BTNH', 'BSKH', 'BSKH', 'BT', 'N')  # q k v segment_ids sinks
@@ -21,9 +22,7 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(ops, 'UNROLLED_CHUNKS', 3)
   monkeypatch.setattr(ops, 'SHORTEST_CHUNK', 8)
   monkeypatch.setattr(ops, 'SCAN_ROWS', 16)
-  for tiles in ('FORWARD', 'DKV', 'DQ'):
-    monkeypatch.setattr(splash, tiles, (128, 128))
-  monkeypatch.setattr(splash, 'COMPUTE', 128)
+  monkeypatch.setattr(splash, 'tiles_for', lambda *_: Tiles((128, 128), (128, 128), (128, 128), 128))
 
 
 def example(B, T, N=4, K=2, H=8, seed=0, dtype=np.float32):
@@ -282,14 +281,14 @@ def test_query_chunks_cover_the_sequence_once_and_are_few(seq_len):
 
 @pytest.mark.parametrize('seq_len', [128, 256, 640, 1280, 4096, 8192])
 @pytest.mark.parametrize('window', [None, 1, 128, 1000])
-def test_splash_tiles_divide_the_sequence(monkeypatch, seq_len, window):
-  monkeypatch.undo()
-  blocks = splash.block_sizes(seq_len, window)
-  sizes = [getattr(blocks, f'block_{of}{kernel}') for of in ('q', 'kv') for kernel in ('', '_dkv', '_dq')]
-  for size in sizes:
+@pytest.mark.parametrize('device', ['cpu', *(kind for kind, _ in TABLE)])
+def test_splash_tiles_divide_the_sequence(device, seq_len, window):
+  tiles = splash.fitted(tiles_for(device, window), seq_len, seq_len)
+  for size in (size for pair in tiles[:3] for size in pair):
     assert seq_len % size == 0 and size % 128 == 0
+  blocks = splash.block_sizes(tiles)
   assert blocks.block_kv % blocks.block_kv_compute == 0 and blocks.block_kv_dkv % blocks.block_kv_dkv_compute == 0
-  assert blocks.block_kv <= max(128, window or seq_len)
+  assert blocks.block_kv <= max(512, window or seq_len)
 
 
 @pytest.mark.parametrize('kernel, platform, change, message', [
@@ -297,6 +296,7 @@ def test_splash_tiles_divide_the_sequence(monkeypatch, seq_len, window):
   ('splash', 'cpu', {}, r"runs on tpu, not on cpu: use 'chunked'"),
   ('splash', 'gpu', {}, r"runs on tpu, not on gpu: use 'chunked'"),
   ('splash', 'tpu', {'seq_len': 1000}, r"multiples of 128, not 1000: use 'chunked'"),
+  ('splash', 'tpu', {'chunks': 16}, r"multiples of 2048 \(16 chunks of a row on devices that share it\), not 1024"),
   ('splash', 'tpu', {'dtype': 'float16'}, r"float32 or bfloat16, not float16: use 'chunked'"),
   ('chunked', 'cpu', {'window': 0}, r'window 0'),
   ('chunked', 'cpu', {'softcap': -1.0}, r'softcap -1.0'),

@@ -388,7 +388,6 @@ BAD_CONFIG = [  # (flags, what the line says)
   (['--config.model.n_layer=4'], ['no such key; did you mean --config.model.n_layers?']),
   (['--config.model.n_layers=four'], ['--config.model.n_layers=four: expected int']),
   (['--config.mesh.fsdp=3'], ['needs 3 devices, and this machine has 8', '--config.mesh']),
-  (['--config.mesh.context=2', '--config.mesh.fsdp=4'], ['mesh.context=2', 'set it to 1']),
   (['--config.mesh.tensor=8', '--config.mesh.fsdp=1'], ['n_heads=4 does not divide into 8 parts']),
   (['--config.data.batch_size=12'], ['data.batch_size=12 rows do not divide', 'such as 16']),
   (['--config.microbatches=3'], ['3 microbatches x 8 parts', 'such as 24']),

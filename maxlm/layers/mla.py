@@ -19,8 +19,9 @@ from maxlm.layers.norm import Norm, NormSpec
 from maxlm.layers.param import constant, normal
 from maxlm.layers.rope import RopeSpec, rotate
 from maxlm.layers.rows import Past, Rows, rope_key
-from maxlm.ops.attention import attention, attention_reference, visible_BTS
+from maxlm.ops.attention import attention, attention_reference, gathered_TBM, visible_BTS
 from maxlm.ops.einsum import einsum
+from maxlm.sharding import axis_size
 from maxlm.sharding import spec as shard
 
 
@@ -110,11 +111,15 @@ class Mla(nnx.Module):
   def __call__(self, spec: MlaSpec, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     """Attention within the documents of packed rows, with keys and values of every head."""
     q_BTNH = jnp.concatenate(self._queries(spec, x_BTD, rows), axis=-1)
-    latent_BSR, k_rope_BSH = self._latents(spec, x_BTD, rows)
-    k_BSNH = einsum('BSD,DNH->BSNH', latent_BSR, self.w_k_up_DNH[...])
-    v_BSNH = einsum('BSD,DNH->BSNH', latent_BSR, self.w_v_up_DNH[...])
-    k_rope_BSNH = jnp.broadcast_to(k_rope_BSH[:, :, None], (*k_BSNH.shape[:3], spec.rope_dim), out_sharding=shard('BSNH'))
-    out_BTNH = attention(q_BTNH, jnp.concatenate([k_BSNH, k_rope_BSNH], axis=-1), v_BSNH, rows.segment_ids_BT,
+    latent, k_rope = self._latents(spec, x_BTD, rows)
+    S = 'BS'
+    if axis_size('T') > 1:  # gathered while they are short; then every device makes the keys and values of the whole row
+      latent, k_rope = gathered_TBM(latent, k_rope)
+      S = 'TBM'
+    k = einsum(f'{S}D,DNH->{S}NH', latent, self.w_k_up_DNH[...])
+    v = einsum(f'{S}D,DNH->{S}NH', latent, self.w_v_up_DNH[...])
+    k_rope = jnp.broadcast_to(k_rope[..., None, :], (*k.shape[:-1], spec.rope_dim), out_sharding=shard(f'{S}NH'))
+    out_BTNH = attention(q_BTNH, jnp.concatenate([k, k_rope], axis=-1), v, rows.segment_ids_BT,
                          scale=spec.score_scale, kernel=rows.kernel)
     return self._output(spec, out_BTNH)
 

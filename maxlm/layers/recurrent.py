@@ -11,18 +11,28 @@ from flax import nnx
 
 from maxlm.layers.param import normal
 from maxlm.layers.rows import Past, Rows
+from maxlm.ops import context
+from maxlm.sharding import axis_size
 from maxlm.sharding import spec as shard
 
 
 def document_starts(rows: Rows, past: Past | None = None) -> jax.Array:
   """bool [B, T]: the segment id differs from that of the token before, the last one of the past; the first of all starts."""
-  ids_BT = jax.reshard(rows.segment_ids_BT, shard('BM'))  # M is never split: a token's neighbour is on its device
+  if axis_size('T') > 1:
+    return jax.shard_map(_starts_of_parts, in_specs=shard('BT'), out_specs=shard('BT'))(rows.segment_ids_BT)
+  ids_BT = jax.reshard(rows.segment_ids_BT, shard('BM'))  # M is never split, and here T is not either
   first_B1 = jnp.full((ids_BT.shape[0], 1), True, out_sharding=shard('BM'))
   if past is not None:
     past_BM = jax.reshard(past.segment_ids_BM, shard('BM'))
     last_B1 = jax.lax.dynamic_slice_in_dim(past_BM, jnp.maximum(past.column - 1, 0), 1, axis=1)
     first_B1 = (past.column == 0) | (ids_BT[:, :1] != last_B1)
   return jnp.concatenate([first_B1, ids_BT[:, 1:] != ids_BT[:, :-1]], axis=1)
+
+
+def _starts_of_parts(ids_BT):
+  with jax.named_scope('halo'):
+    ids = context.with_halo(ids_BT, 1, missing=-1)
+  return context.joined(ids[:, 1:] != ids[:, :-1])
 
 
 def a_log(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...]) -> nnx.Param:

@@ -6,6 +6,9 @@
 
 Token i sees token j iff j <= i, i - j < window, and both are of one segment. Scores and softmax are fp32. A learned
 logit a head may sit in the denominator of the softmax ("sinks": gpt-oss, arXiv:2508.10925).
+
+Rows may be split over devices, in zigzag order (`ops.context`). Then a layer with a window gets the window - 1 keys and values
+before each of a device's chunks from its neighbours, and one without, or with a window longer than that, those of the whole row.
 """
 
 import functools
@@ -15,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.sharding import axes, spec
+from maxlm.ops import context
+from maxlm.sharding import axes, axis_size, spec
 
 KERNELS = ('reference', 'chunked', 'splash')
 MASKED = -1e30  # a score nobody sees. Finite: a difference of two of them is not NaN
@@ -26,8 +30,11 @@ UNROLLED_CHUNKS, SHORTEST_CHUNK, SCAN_ROWS = 8, 128, 256
 
 
 def check_attention(kernel: str, platform: str, *, window: int | None, softcap: float | None, sinks: bool,
-                    head_dim: int, seq_len: int, dtype) -> None:
-  """ValueError, in one line that names a kernel that can, if `kernel` cannot honour this attention on `platform`."""
+                    head_dim: int, seq_len: int, dtype, chunks: int = 1) -> None:
+  """ValueError, in one line that names a kernel that can, if `kernel` cannot honour this attention on `platform`.
+
+  chunks: into which a row is cut, two a device where devices share it.
+  """
   if kernel not in KERNELS:
     raise ValueError(f'attention kernel {kernel!r} is none of {", ".join(KERNELS)}')
   if window is not None and window < 1:
@@ -40,8 +47,10 @@ def check_attention(kernel: str, platform: str, *, window: int | None, softcap: 
     return
   if platform != 'tpu':
     raise ValueError(f"attention kernel 'splash' runs on tpu, not on {platform}: use 'chunked'")
-  if seq_len % 128:
-    raise ValueError(f"attention kernel 'splash' needs a sequence in multiples of 128, not {seq_len}: use 'chunked'")
+  if seq_len % (128 * chunks):
+    cut = f' ({chunks} chunks of a row on devices that share it)' if chunks > 1 else ''
+    raise ValueError(f"attention kernel 'splash' needs a sequence in multiples of {128 * chunks}{cut}, not {seq_len}: "
+                     "use 'chunked'")
   if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
     raise ValueError(f"attention kernel 'splash' takes float32 or bfloat16, not {jnp.dtype(dtype).name}: use 'chunked'")
 
@@ -53,17 +62,52 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_i
 
   q has N heads in groups of N/K that share one of the K heads of k and v. segment_ids: tokens of different ids do not
   see each other; padding is a segment like any other, so its rows are finite. softcap: c*tanh(score/c), before the mask.
+  k and v of a layer without a window may be [T, B, M, K, H]: whole rows, one copy for each part of T (`gathered_TBM`).
   """
   if kernel == 'splash':
     from maxlm.ops.splash import splash_attention  # Pallas is slow to import and only a TPU needs it
-    island = functools.partial(splash_attention, interpret=interpret)
+    run = functools.partial(splash_attention, interpret=interpret)
   else:
-    island = {'reference': _reference, 'chunked': chunked_attention}[kernel]
-  island = functools.partial(island, window=window, softcap=softcap, scale=scale)
+    run = {'reference': _reference, 'chunked': chunked_attention}[kernel]
+  run = functools.partial(run, window=window, softcap=softcap, scale=scale)
+  keys = spec('BSKH' if k_BSKH.ndim == 4 else 'TBMKH')
   return jax.shard_map(
-    island, in_specs=(spec('BTNH'), spec('BSKH'), spec('BSKH'), spec('BT'), spec('N')), out_specs=spec('BTNH'),
+    functools.partial(_island, run, window, 128 if kernel == 'splash' else 1),
+    in_specs=(spec('BTNH'), keys, keys, spec('BT'), spec('N')), out_specs=spec('BTNH'),
     check_vma=kernel != 'splash',  # the outputs of its Pallas calls do not say along which axes they vary
   )(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N)
+
+
+def gathered_TBM(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Arrays [B, S, …] as [T, B, M, …]: whole rows on each device that holds a part of them, in the order of the text."""
+  def island(*arrays):
+    with jax.named_scope('gather_kv'):
+      return tuple(context.gathered(x)[None] for x in arrays)
+
+  specs = [tuple(spec(dims + 'HG'[:x.ndim - 2]) for x in arrays) for dims in ('BS', 'TBM')]
+  return jax.shard_map(island, in_specs=specs[0], out_specs=specs[1])(*arrays)
+
+
+def has_halo(window: int | None, chunk: int) -> bool:
+  """Whether a layer with this window sees no further than one chunk back, if rows are split into chunks of that many tokens."""
+  return window is not None and window - 1 <= chunk
+
+
+def _island(run, window, unit, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N):
+  """What a device needs of others, then the kernel; halos are in units of that many tokens."""
+  if axis_size('T') == 1:
+    return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, segment_ids_BT, sinks_N, offset=0)
+  if has_halo(window, q_BTNH.shape[1] // 2):
+    halo = _round_up(window - 1, unit)
+    with jax.named_scope('halo'):
+      k_BSKH, v_BSKH = (context.with_halo(x, halo) for x in (k_BSKH, v_BSKH))
+      k_segments = context.with_halo(segment_ids_BT, halo, missing=-1)
+    q_BTNH, q_segments = context.as_rows(q_BTNH), context.as_rows(segment_ids_BT)
+    return context.joined(run(q_BTNH, k_BSKH, v_BSKH, q_segments, k_segments, sinks_N, offset=halo))
+  with jax.named_scope('gather_kv'):
+    k_BSKH, v_BSKH = (context.gathered(x) if x.ndim == 4 else x[0] for x in (k_BSKH, v_BSKH))
+    k_segments = context.gathered(segment_ids_BT)
+  return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, k_segments, sinks_N, offset=None)
 
 
 def visible_BTS(q_index: jax.Array, k_index: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
@@ -89,10 +133,17 @@ def attention_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
   return _heads_last(out_BKGTH).astype(q_BTNH.dtype)
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softcap, scale):
-  index_T = jnp.arange(q_BTNH.shape[1])
-  mask_BTS = visible_BTS(index_T, index_T, segment_ids_BT, segment_ids_BT, window)
+# A kernel meets q_BTNH with k_BSKH and v_BSKH on one device. offset: query t is token offset + t of those that the keys are of;
+# None: queries are in zigzag order and the keys are those of the whole row, in the order of the text.
+
+
+def _reference(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale):
+  mask_BTS = visible_BTS(_index(q_BTNH.shape[1], offset), jnp.arange(k_BSKH.shape[1]), q_segments_BT, k_segments_BS, window)
   return attention_reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks_N, softcap=softcap, scale=scale)
+
+
+def _index(length, offset):
+  return context.index(length) if offset is None else offset + jnp.arange(length)
 
 
 # -- chunked --------------------------------------------------------------------------------------------------------
@@ -102,34 +153,37 @@ def _reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softc
 # the product. In the names below t and s are the queries of one block and the keys it can see.
 
 
-def chunked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softcap, scale):
-  """`attention` on one device in memory O(T * chunk). Keys outside the causal band and the window cost nothing."""
+def chunked_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale):
+  """`attention` on one device in memory O(T * chunk). Keys outside the causal band and the window cost nothing, unless the
+  offset is None: then the program does not know where the queries are, and what a block does not see is masked."""
   if sinks_N is not None:  # a copy for each shard of the batch, so that its gradient is the sum of theirs
     sinks_N = jax.lax.pcast(sinks_N.astype(jnp.float32), axes('BT'), to='varying')
-  return _chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale)
+  index_T = _index(q_BTNH.shape[1], offset)
+  return _chunked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale):
-  return _chunked_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
+def _chunked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap, scale):
+  return _chunked_forward(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap,
+                          scale)[0]
 
 
-def _chunked_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, window, softcap, scale):
+def _chunked_forward(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap, scale):
   q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
   block = functools.partial(_forward_block, sinks_N=sinks_N, window=window, softcap=softcap, scale=scale)
   outs, lses = [], []
   for start, stop in query_chunks(q_BTNH.shape[1]):
     q_BKGTH, outs = jax.lax.optimization_barrier((q_BKGTH, outs))  # one after another: scores of one block live
     at = slice(start, stop)
-    seen = slice(_first_key(start, window), stop)
-    queries = q_BKGTH[:, :, :, at], segment_ids_BT[:, at], jnp.arange(start, stop)
-    keys = k_BKSH[:, :, seen], v_BKSH[:, :, seen], segment_ids_BT[:, seen], jnp.arange(seen.start, stop)
+    seen = _keys_seen(at, q_BTNH.shape[1], k_BSKH.shape[1], offset, window)
+    queries = q_BKGTH[:, :, :, at], q_segments_BT[:, at], index_T[at]
+    keys = k_BKSH[:, :, seen], v_BKSH[:, :, seen], k_segments_BS[:, seen], jnp.arange(seen.start, seen.stop)
     _, (out_BKGtH, lse_BKGt) = _over_rows(block, (), queries, (3, 1, 0), keys, (3, 3))
     outs.append(out_BKGtH)
     lses.append(lse_BKGt)
   out_BTNH = checkpoint_name(_heads_last(jnp.concatenate(outs, axis=3)), 'attn_out')
   lse_BKGT = checkpoint_name(jnp.concatenate(lses, axis=3), 'attn_lse')
-  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, out_BTNH, lse_BKGT)
+  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, out_BTNH, lse_BKGT)
 
 
 def _forward_block(carry, queries, keys, *, sinks_N, window, softcap, scale):
@@ -150,8 +204,8 @@ def _forward_block(carry, queries, keys, *, sinks_N, window, softcap, scale):
   return carry, (out_BKGtH.astype(q_BKGtH.dtype), (top_BKGt1 + jnp.log(total_BKGt1))[..., 0])
 
 
-def _chunked_backward(window, softcap, scale, residuals, dout_BTNH):
-  q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, out_BTNH, lse_BKGT = residuals
+def _chunked_backward(offset, window, softcap, scale, residuals, dout_BTNH):
+  q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, out_BTNH, lse_BKGT = residuals
   q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
   dout_BKGTH, *_ = _heads_first(dout_BTNH, k_BSKH, v_BSKH)
   delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
@@ -163,11 +217,10 @@ def _chunked_backward(window, softcap, scale, residuals, dout_BTNH):
   for start, stop in query_chunks(q_BTNH.shape[1]):
     q_BKGTH, dout_BKGTH, dqs = jax.lax.optimization_barrier((q_BKGTH, dout_BKGTH, dqs))
     at = slice(start, stop)
-    seen = slice(_first_key(start, window), stop)
-    queries = (*(x[:, :, :, at] for x in (q_BKGTH, dout_BKGTH, lse_BKGT, delta_BKGT)),
-               segment_ids_BT[:, at], jnp.arange(start, stop))
+    seen = _keys_seen(at, q_BTNH.shape[1], k_BSKH.shape[1], offset, window)
+    queries = (*(x[:, :, :, at] for x in (q_BKGTH, dout_BKGTH, lse_BKGT, delta_BKGT)), q_segments_BT[:, at], index_T[at])
     keys = (k_BKSH[:, :, seen], k_BKHS[..., seen], v_BKSH[:, :, seen],
-            segment_ids_BT[:, seen], jnp.arange(seen.start, stop))
+            k_segments_BS[:, seen], jnp.arange(seen.start, seen.stop))
     sums = dk_BKSH[:, :, seen], dv_BKSH[:, :, seen]
     (dk_BKsH, dv_BKsH), dq_BKHGt = _over_rows(block, sums, queries, (3, 3, 3, 3, 1, 0), keys, 4)
     dqs.append(dq_BKHGt)
@@ -179,7 +232,7 @@ def _chunked_backward(window, softcap, scale, residuals, dout_BTNH):
   if sinks_N is not None:  # a sink's probability is exp(sink - lse) and its value is zero
     sinks_KG1 = sinks_N.reshape(*lse_BKGT.shape[1:3], 1)
     dsinks_N = -jnp.sum(jnp.exp(sinks_KG1 - lse_BKGT) * delta_BKGT, axis=(0, 3)).reshape(sinks_N.shape)
-  return dq_BTNH, dk_BSKH, dv_BSKH, None, dsinks_N
+  return dq_BTNH, dk_BSKH, dv_BSKH, None, None, dsinks_N, None
 
 
 def _backward_block(sums, queries, keys, *, window, softcap, scale):
@@ -223,9 +276,12 @@ def _over_rows(block, carry, queries, dims, keys, out_dims):
   return carry, jax.tree.map(join, outs, out_dims)
 
 
-def _first_key(start: int, window: int | None) -> int:
-  """The oldest key that a query from `start` on sees, rounded down so that slices stay aligned."""
-  return 0 if window is None else max(0, start - window + 1) // SHORTEST_CHUNK * SHORTEST_CHUNK
+def _keys_seen(at: slice, n_queries: int, n_keys: int, offset: int | None, window: int | None) -> slice:
+  """The keys that a block of queries sees, and no others that can be told; from an index that keeps slices aligned."""
+  if offset is None:  # of a device's two chunks the first is in the first half of the row
+    return slice(0, n_keys // 2 if at.stop <= n_queries // 2 else n_keys)
+  first = 0 if window is None else max(0, offset + at.start - window + 1) // SHORTEST_CHUNK * SHORTEST_CHUNK
+  return slice(first, offset + at.stop)
 
 
 def _round_up(x: int, multiple: int) -> int:

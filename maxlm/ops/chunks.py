@@ -11,17 +11,22 @@ B batch  T time  N heads  Q channels  I chunks  t, s positions in a chunk; `…t
 import jax
 import jax.numpy as jnp
 
-from maxlm.sharding import spec
+from maxlm.sharding import axis_size, spec
 
 
-def with_whole_time(function, in_dims: tuple[str, ...], out_dims: tuple[str, ...], *arrays):
-  """`function(*arrays)` on each device's part of rows and heads. T of the dims is gathered for it if the mesh splits it."""
-  def whole(dims):
-    return spec(dims.replace('T', 'M'))  # M is never split
+def over_rows(whole, of_parts, in_dims: tuple[str, ...], out_dims: tuple[str, str], *arrays):
+  """(outputs, what the next tokens need of these): `whole(*arrays)` on each device's part of the batch and the heads.
 
-  arrays = [array if array is None else jax.reshard(array, whole(dims)) for array, dims in zip(arrays, in_dims)]
-  outs = jax.shard_map(function, in_specs=tuple(map(whole, in_dims)), out_specs=tuple(map(whole, out_dims)))(*arrays)
-  return tuple(jax.reshard(out, spec(dims)) for out, dims in zip(outs, out_dims))
+  The last array is what these tokens need of those before. Where the mesh splits rows (`ops.context`) it is for nothing, since
+  rows begin in them: outputs are of_parts(*arrays but the last), and what the next tokens would need is None.
+  """
+  if axis_size('T') > 1:
+    *in_specs, out_spec = (spec(dims) for dims in (*in_dims[:-1], out_dims[0]))
+    return jax.shard_map(of_parts, in_specs=tuple(in_specs), out_specs=out_spec)(*arrays[:-1]), None
+  in_specs, out_specs = (tuple(spec(dims.replace('T', 'M')) for dims in group) for group in (in_dims, out_dims))  # M: never split
+  arrays = [array if array is None else jax.reshard(array, in_spec) for array, in_spec in zip(arrays, in_specs)]
+  y, state = jax.shard_map(whole, in_specs=in_specs, out_specs=out_specs)(*arrays)
+  return jax.reshard(y, spec(out_dims[0])), state
 
 
 def split_time(x: jax.Array, size: int) -> jax.Array:

@@ -11,26 +11,30 @@ B batch  T time  N heads  K key heads  Q key dim  H value dim; in chunks (`ops.c
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops import chunks
+from maxlm.ops import chunks, context
 from maxlm.ops.chunks import dot
 
 CHUNK = 64  # tokens, a power of two: solving for a chunk's writes costs its square
 
 
 def delta_rule(q_BTKQ: jax.Array, k_BTKQ: jax.Array, v_BTNH: jax.Array, log_decay: jax.Array, beta_BTN: jax.Array,
-               starts_BT: jax.Array, state_BNQH: jax.Array) -> tuple[jax.Array, jax.Array]:
+               starts_BT: jax.Array, state_BNQH: jax.Array) -> tuple[jax.Array, jax.Array | None]:
   """(y_BTNH, state after the last token), both fp32.
 
   Each of the K heads of q and k serves N/K heads of v. log_decay: [B, T, N], or [B, T, N, Q] with one a key channel.
-  starts: bool, the state before this token is empty.
+  starts: bool, the state before this token is empty. Where the mesh splits rows (`ops.context`) they begin here: the state
+  before is for nothing, and that after None.
   """
-  def island(q_BTKQ, k_BTKQ, v_BTNH, *rest):
+  def whole(q_BTKQ, k_BTKQ, v_BTNH, *rest):
     heads = v_BTNH.shape[2] // k_BTKQ.shape[2]
     return delta_chunked(jnp.repeat(q_BTKQ, heads, axis=2), jnp.repeat(k_BTKQ, heads, axis=2), v_BTNH, *rest)
 
+  def of_parts(*arrays):
+    return context.joined(whole(*map(context.as_rows, arrays), None)[0])
+
   dims = 'BTKQ', 'BTKQ', 'BTNH', 'BTNQ'[:log_decay.ndim], 'BTN', 'BT', 'BNQH'
-  return chunks.with_whole_time(island, dims, ('BTNH', 'BNQH'),
-                                q_BTKQ, k_BTKQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_BNQH)
+  return chunks.over_rows(whole, of_parts, dims, ('BTNH', 'BNQH'),
+                          q_BTKQ, k_BTKQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_BNQH)
 
 
 def delta_reference(q_BTNQ, k_BTNQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_BNQH):
@@ -61,6 +65,10 @@ def delta_chunked(q_BTNQ, k_BTNQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_
   With A the strictly lower triangle of the coefficients in the sum, n = u - w S, where (I + A) u = beta v and
   (I + A) w = beta decay(start) k: the WY representation of DeltaNet (arXiv 2406.06484, section 3.2), with decays.
   u and w do not depend on S, so they are found for all chunks at once, and two products a chunk are left for the scan.
+
+  state None: inputs are parts [2B, …] of rows that other devices have the rest of (`ops.context`). These need to know of a
+  part what it makes of the state S before it, M S + A: a scan as the one for states, over [A | M] from [0 | I]. So of the
+  work only the two products of the scan are done more often, and no chunk's own Q x Q matrix is made.
   """
   T = v_BTNH.shape[1]
   size = min(CHUNK, 1 << (T - 1).bit_length())
@@ -85,10 +93,20 @@ def delta_chunked(q_BTNQ, k_BTNQ, v_BTNH, log_decay, beta_BTN, starts_BT, state_
 
   def chunk(state_BNQH, inputs):
     u_BNtH, w_BNtQ, k_BNtQ, kept_BNQ = inputs
+    u_BNtH = jnp.pad(u_BNtH, ((0, 0),) * 3 + ((0, state_BNQH.shape[-1] - u_BNtH.shape[-1]),))
     n_BNtH = u_BNtH - dot('BNtQ,BNQH->BNtH', w_BNtQ, state_BNQH)
     return kept_BNQ[..., None] * state_BNQH + dot('BNtQ,BNtH->BNQH', k_BNtQ, n_BNtH), (state_BNQH, n_BNtH)
 
   inputs = u_BINtH, w_BINtQ, to_end_BINsQ * k_BINtQ, from_start_BINtQ[:, :, :, -1]
-  state_BNQH, (before_IBNQH, n_IBNtH) = jax.lax.scan(chunk, state_BNQH, tuple(x.swapaxes(0, 1) for x in inputs))
+  inputs = tuple(x.swapaxes(0, 1) for x in inputs)
+  if state_BNQH is None:
+    empty_BNQH = jnp.zeros_like(inputs[1][0, :, :, :1].swapaxes(2, 3) * inputs[0][0, :, :, :1])
+    eye_BNQQ = jnp.zeros_like(empty_BNQH[..., :1]) + jnp.eye(empty_BNQH.shape[2])
+    both, _ = jax.lax.scan(lambda state, inputs: (chunk(state, inputs)[0], None),
+                           jnp.concatenate([empty_BNQH, eye_BNQQ], axis=-1), inputs)
+    summaries = jnp.split(both, [empty_BNQH.shape[-1]], axis=-1)
+    state_BNQH = context.states_before(lambda state, summary: dot('BNQR,BNRH->BNQH', summary[1], state) + summary[0],
+                                       summaries, empty_BNQH.shape[1:])
+  state_BNQH, (before_IBNQH, n_IBNtH) = jax.lax.scan(chunk, state_BNQH, inputs)
   y_BINtH = dot('BINtQ,IBNQH->BINtH', from_start_BINtQ * q_BINtQ, before_IBNQH)
   return chunks.join_time(y_BINtH + dot('BINts,IBNsH->BINtH', qk_BINts, n_IBNtH), T), state_BNQH

@@ -1,65 +1,113 @@
 """Attention on TPU: an adapter over JAX's own Pallas kernel, `jax.experimental.pallas.ops.tpu.splash_attention`.
 
-The kernel takes one example with heads first, wants the scale of the scores inside q, and by default has tiles of 128,
-several times slower than tiles that fill a chip's memory. Tiles outside the causal band or the window are skipped;
-segments are masked, not skipped. Both residuals bear the name 'attn_out', so a remat policy that saves 'attn_out' and
-'attn_lse' saves them here too.
+The kernel takes one example with heads first and wants the scale of the scores inside q. Tiles of queries and keys that do not
+see each other are skipped: tables, made here, say which to visit. Segments are masked, not skipped. Both residuals bear the
+name 'attn_out', so a remat policy that saves 'attn_out' and 'attn_lse' saves them here too.
 """
 
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as tables
 
-# (queries, keys) of a tile in the three kernels. They do COMPUTE of a tile's keys at a time (the last one all of them), so
-# fp32 scores take 1 MiB and everything fits the 16 MiB of VMEM that a kernel has unless flags say otherwise.
-FORWARD, DKV, DQ, COMPUTE = (512, 1024), (512, 1024), (512, 512), 512
+from maxlm.ops import context
+from maxlm.ops.tiles import Tiles, tiles_for
+from maxlm.sharding import axes, axis_size
 
 
-def splash_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N, *, window, softcap, scale, interpret=False):
+def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale,
+                     interpret=False):
   """`ops.attention.attention` on one device. interpret: run the kernel's Python on a CPU, for tests."""
   assert not interpret or jax.default_backend() == 'cpu', 'an interpreted kernel is for tests on a CPU'
-  blocks = block_sizes(q_BTNH.shape[1], window)
-  *mask_tables, mask_function = _mask_tables(q_BTNH.shape[1], window, blocks)
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  X = axis_size('T') if offset is None else 1  # devices whose queries differ in what they see
+  chunk = T // 2 if offset is None else T
+  tiles = fitted(tiles_for(_device_kind(), window), chunk, S if offset is None else S - offset)
+  if offset:  # so that tiles divide the keys: some before the first, which nobody sees
+    pad = -offset % math.lcm(*(keys for _, keys in tiles[:3]))
+    k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (pad, 0), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
+    k_segments_BS = jnp.pad(k_segments_BS, ((0, 0), (pad, 0)), constant_values=-1)
+    offset, S = offset + pad, S + pad
+  starts = tuple(_starts(X, chunk, offset))
+  q_index = context.index(T) if offset is None else offset + jnp.arange(T, dtype=jnp.int32)
+  infos = [_mask_info(visits(starts, chunk, S, *tile, window, of_keys), q_index)
+           for tile, of_keys in ((tiles.forward, False), (tiles.dq, False), (tiles.dkv, True))]
   kernel = kernels.SplashAttentionKernel(
-    *mask_tables, block_sizes=blocks, is_mqa=False, save_residuals=False, mask_value=kernels.DEFAULT_MASK_VALUE,
-    attn_logits_soft_cap=softcap, residual_checkpoint_name='attn_out', mask_function=mask_function, interpret=interpret)
+    *infos, block_sizes=block_sizes(tiles), is_mqa=False, save_residuals=False, mask_value=kernels.DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap=softcap, residual_checkpoint_name='attn_out', mask_function=_sees(window), interpret=interpret)
 
-  def example(q_TNH, k_SKH, v_SKH, segment_ids_T):
+  def example(q_TNH, k_SKH, v_SKH, q_segments_T, k_segments_S):
     q_NTH = (q_TNH * scale).astype(q_TNH.dtype).swapaxes(0, 1)
-    segment_ids = kernels.SegmentIds(segment_ids_T, segment_ids_T)
+    segment_ids = kernels.SegmentIds(q_segments_T, k_segments_S)
     return kernel(q_NTH, k_SKH.swapaxes(0, 1), v_SKH.swapaxes(0, 1), segment_ids, sinks_N).swapaxes(0, 1)
 
-  return jax.vmap(example)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+  return jax.vmap(example)(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS)
 
 
-def block_sizes(seq_len: int, window: int | None) -> kernels.BlockSizes:
-  """The tiles above, shrunk to divide the sequence; of keys no more than the window, or most of a tile is masked."""
-  most = seq_len if window is None else max(128, window)
-  queries = [_divisor(seq_len, q) for q, _ in (FORWARD, DKV, DQ)]
-  keys = [_divisor(seq_len, min(k, most)) for _, k in (FORWARD, DKV, DQ)]
+def fitted(tiles: Tiles, n_queries: int, n_keys: int) -> Tiles:
+  """The tiles, shrunk to divide so many queries and keys, both multiples of 128."""
+  pairs = [(_divisor(n_queries, q), _divisor(n_keys, k)) for q, k in (tiles.forward, tiles.dkv, tiles.dq)]
+  return Tiles(*pairs, compute=tiles.compute)
+
+
+def block_sizes(tiles: Tiles) -> kernels.BlockSizes:
+  """In the words of the kernel."""
+  (q, k), (q_dkv, k_dkv), (q_dq, k_dq) = tiles[:3]
   return kernels.BlockSizes(
-    block_q=queries[0], block_kv=keys[0], block_kv_compute=_divisor(keys[0], COMPUTE),
-    block_q_dkv=queries[1], block_kv_dkv=keys[1], block_kv_dkv_compute=_divisor(keys[1], COMPUTE),
-    block_q_dq=queries[2], block_kv_dq=keys[2])
+    block_q=q, block_kv=k, block_kv_compute=_divisor(k, tiles.compute), block_q_dkv=q_dkv, block_kv_dkv=k_dkv,
+    block_kv_dkv_compute=_divisor(k_dkv, tiles.compute), block_q_dq=q_dq, block_kv_dq=k_dq)
+
+
+def _starts(X, chunk, offset):
+  """For each device where its runs of `chunk` queries are among the keys."""
+  return [(offset,)] if offset is not None else [(i * chunk, (2 * X - 1 - i) * chunk) for i in range(X)]
 
 
 @functools.lru_cache
-def _mask_tables(seq_len: int, window: int | None, blocks: kernels.BlockSizes):
-  """Which tiles to visit in forward, dq, dk and dv, and the mask as a function of indices. One mask, for all heads.
+def visits(starts: tuple[tuple[int, ...], ...], chunk: int, n_keys: int, q_tile: int, k_tile: int, window: int | None,
+           of_keys: bool) -> tuple[np.ndarray, np.ndarray]:
+  """(which tile to meet, whether it is there) for each device, tile and step: int16 [X, 1, query tiles, steps].
 
-  JAX's own `make_splash_mha` would put the tables on a device: there is none when compiling ahead of time, and what is
-  made in a trace cannot be kept for the next layer, while making them takes half a second at 8192 tokens, six at 32768.
+  Each tile of queries goes in `steps` over the tiles of keys it sees. of_keys: each tile of keys over those of queries that see
+  it, [X, 1, steps, key tiles]. Where nothing is left to meet, the last tile is named again, so that nothing is fetched.
   """
-  shape = seq_len, seq_len
-  mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-  mask = masks.MultiHeadMask([mask])
-  forward, mask_function = tables.process_mask(mask, (blocks.block_q, blocks.block_kv))
-  dq, _ = tables.process_mask(mask, (blocks.block_q_dq, blocks.block_kv_dq))
-  dkv, _ = tables.process_mask_dkv(mask, (blocks.block_q_dkv, blocks.block_kv_dkv))
-  return forward, dq, dkv, mask_function
+  first_q = np.array([[start + i for start in run for i in range(0, chunk, q_tile)] for run in starts])[:, :, None]
+  first_k = np.arange(0, n_keys, k_tile)
+  sees = first_k <= first_q + q_tile - 1
+  if window is not None:
+    sees &= first_q - (first_k + k_tile - 1) < window
+  if of_keys:
+    sees = sees.swapaxes(1, 2)
+  count = sees.sum(axis=2, keepdims=True)
+  step = np.arange(count.max())
+  met = np.argsort(~sees, axis=2, kind='stable')
+  tile = np.take_along_axis(met, np.minimum(step, np.maximum(count - 1, 0)), axis=2).astype(np.int16)
+  there = (step < count).astype(np.int16)
+  return tuple((x.swapaxes(1, 2) if of_keys else x)[:, None] for x in (tile, there))
+
+
+def _mask_info(visited, q_index):
+  device = jax.lax.axis_index(axes('T')) if visited[0].shape[0] > 1 else 0
+  tile, there = (jnp.asarray(x)[device] for x in visited)
+  return tables.MaskInfo(data_next=tile, mask_next=None, block_mask=there, partial_mask_blocks=None, q_sequence=q_index)
+
+
+@functools.lru_cache
+def _sees(window):
+  """The mask as a function of indices; the same object each time, since it is part of the key of a compiled program."""
+  if window is None:
+    return lambda q_index, k_index: q_index >= k_index
+  return lambda q_index, k_index: (q_index >= k_index) & (q_index - k_index < window)
+
+
+def _device_kind():
+  """Of the mesh the program is for: there need not be a device."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _divisor(length: int, limit: int) -> int:

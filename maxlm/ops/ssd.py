@@ -11,17 +11,24 @@ B batch  T time  N heads in K groups of G  Q state dim  H head dim; in chunks (`
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops import chunks
+from maxlm.ops import chunks, context
 from maxlm.ops.chunks import dot
 
 CHUNK = 128  # tokens: about head and state dim, where the work within chunks equals that on states (section 6)
 
 
 def ssd(x_BTNH: jax.Array, log_decay_BTN: jax.Array, b_BTKQ: jax.Array, c_BTKQ: jax.Array, starts_BT: jax.Array,
-        state_BNQH: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(y_BTNH, state after the last token), both fp32. starts: bool, the state before this token is empty."""
-  return chunks.with_whole_time(ssd_chunked, ('BTNH', 'BTN', 'BTKQ', 'BTKQ', 'BT', 'BNQH'), ('BTNH', 'BNQH'),
-                                x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH)
+        state_BNQH: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+  """(y_BTNH, state after the last token), both fp32. starts: bool, the state before this token is empty.
+
+  Where the mesh splits rows (`ops.context`) they begin here: the state before is for nothing, and that after None.
+  """
+  return chunks.over_rows(ssd_chunked, _of_parts, ('BTNH', 'BTN', 'BTKQ', 'BTKQ', 'BT', 'BNQH'), ('BTNH', 'BNQH'),
+                          x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH)
+
+
+def _of_parts(*arrays):
+  return context.joined(ssd_chunked(*map(context.as_rows, arrays), None)[0])
 
 
 def ssd_reference(x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH):
@@ -44,6 +51,8 @@ def ssd_chunked(x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH):
   """`ssd` on one device. Within a chunk, attention with decays for weights; from chunk to chunk, the recurrence of states.
 
   Unrolled, y_t = sum_{s <= t} (c_t . b_s) decay(s, t) x_s + decay(start, t) c_t^T state, with the state before the chunk.
+  state None: inputs are parts [2B, …] of rows that other devices have the rest of (`ops.context`). These need to know of a
+  part what it adds to an empty state and what it keeps of one, so a scan goes over its states twice.
   """
   T, K, size = x_BTNH.shape[1], b_BTKQ.shape[2], min(CHUNK, x_BTNH.shape[1])
   def group(x_BIN):
@@ -66,7 +75,14 @@ def ssd_chunked(x_BTNH, log_decay_BTN, b_BTKQ, c_BTKQ, starts_BT, state_BNQH):
     return kept_BKG[..., None, None] * state_BKGQH + added_BKGQH, state_BKGQH
 
   inputs = from_start_BIKGt[..., -1].swapaxes(0, 1), added_BIKGQH.swapaxes(0, 1)
-  state_BKGQH, before_IBKGQH = jax.lax.scan(chunk, state_BNQH.reshape(added_BIKGQH[:, 0].shape), inputs)
+  if state_BNQH is None:
+    kept_BN = jnp.where(starts_BT.any(axis=1)[:, None], 0, jnp.exp(jnp.sum(log_decay_BTN, axis=1, dtype=jnp.float32)))
+    added_BKGQH, _ = jax.lax.scan(chunk, jnp.zeros_like(added_BIKGQH[:, 0]), inputs)
+    summaries = kept_BN.reshape(added_BKGQH.shape[:3]), added_BKGQH
+    state_BKGQH = context.states_before(lambda state, summary: chunk(state, summary)[0], summaries, added_BKGQH.shape[1:])
+  else:
+    state_BKGQH = state_BNQH.reshape(added_BIKGQH[:, 0].shape)
+  state_BKGQH, before_IBKGQH = jax.lax.scan(chunk, state_BKGQH, inputs)
   y_BIKGtH += from_start_BIKGt[..., None] * dot('BIKtQ,IBKGQH->BIKGtH', c_BIKtQ, before_IBKGQH)
   y_BINtH = y_BIKGtH.reshape(*y_BIKGtH.shape[:2], -1, *y_BIKGtH.shape[4:])
-  return chunks.join_time(y_BINtH, T), state_BKGQH.reshape(state_BNQH.shape)
+  return chunks.join_time(y_BINtH, T), state_BKGQH.reshape(-1, x_BTNH.shape[2], *state_BKGQH.shape[3:])
