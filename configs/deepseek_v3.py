@@ -6,7 +6,8 @@ shared one, 37B of 671B active. Its layer that predicts the token after the next
 The recipe is the paper's: 15,360 rows of 4096 a step (they began with 3,072), 2.2e-4 after 2,000 steps, constant to
 10T tokens. Theirs then fell as a cosine to a tenth and ended with two constant stages; here it falls linearly to
 there. bf16, theirs was fp8. YaRN is that of the published model, made for rows of more than 4096: in pre-training it
-came last.
+came last. Eight chips share the experts, so that a layer's 22.5 GB of them are not gathered whole; each has room for
+twice its average load, as room for the worst would take 7.5 GB a buffer.
 
 Not yet run on hardware. The plan's figures: (to be filled).
 """
@@ -24,6 +25,7 @@ from maxlm.layers.norm import NormSpec
 from maxlm.layers.rope import RopeSpec, YarnScaling
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, LayerSpec
 from maxlm.optim import OptimConfig
+from maxlm.sharding import MeshConfig
 
 
 def get_config(arg: str = '') -> Experiment:
@@ -39,7 +41,8 @@ def get_config(arg: str = '') -> Experiment:
     pod='v5p:8x8x8',
     model=DecoderConfig(vocab_size=129_280, d_model=7168, n_layers=61, pattern=3 * (dense,) + 58 * (mixture,),
                         norm=NormSpec(cast='before')),
-    compute=ComputeConfig(remat='full'),
+    compute=ComputeConfig(remat='full', capacity=2.0),
+    mesh=MeshConfig(expert=8),
     data=DataConfig(corpus='corpora/deepseek_v3', seq_len=4096, batch_size=15_360),
     microbatches=15,
     optim=OptimConfig(peak_lr=2.2e-4, schedule='wsd', warmup_tokens=125_829_120_000, decay_tokens=4_800_000_000_000,

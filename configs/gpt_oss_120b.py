@@ -3,8 +3,9 @@ active.
 
     python -m maxlm.train --config=configs/gpt_oss_120b.py --config.data.corpus=DIR
 
-Attention with sinks, every other layer in a window of 128. A step is 1.05M tokens, 16,384 a chip. OpenAI has not
-published how it was trained: AdamW, the schedule and the rates are ours, in the range of models of this size.
+Attention with sinks, every other layer in a window of 128. A step is 1.05M tokens, 16,384 a chip. Four chips share
+the experts, so that a layer's 6.4 GB of them are not gathered whole. OpenAI has not published how it was trained:
+AdamW, the schedule and the rates are ours, in the range of models of this size.
 
 Not yet run on hardware. The plan's figures: (to be filled).
 """
@@ -23,6 +24,7 @@ from maxlm.layers.rope import RopeSpec, YarnScaling
 from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, LayerSpec
 from maxlm.optim import OptimConfig
+from maxlm.sharding import MeshConfig
 
 
 def get_config(arg: str = '') -> Experiment:
@@ -37,6 +39,7 @@ def get_config(arg: str = '') -> Experiment:
     pod='v5p:4x4x4',
     model=DecoderConfig(vocab_size=201_088, d_model=2880, n_layers=36, pattern=(sliding, full), norm=NormSpec(eps=1e-5)),
     compute=ComputeConfig(remat='attention'),
+    mesh=MeshConfig(expert=4),
     data=DataConfig(corpus='corpora/gpt_oss_120b', seq_len=8192, batch_size=128),
     optim=OptimConfig(peak_lr=3e-4, schedule='wsd', warmup_tokens=2_000_000_000, decay_tokens=200_000_000_000),
     loss=LossConfig(z_loss=1e-5),
