@@ -18,8 +18,10 @@ from jax.sharding import PartitionSpec as P
 # What a config sets. Outermost first: neighbours on the last axes are neighbours on the machine. `data` may cross slices.
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
-# The mesh has an fsdp axis for each dimension of a pod's torus: a TPU's compiler makes a reduce-scatter of a sum over one
-# dimension after another, but an all-reduce of a sum over all of them at once.
+# The mesh has an fsdp axis for each dimension of a pod's torus where the compiler makes a reduce-scatter of a sum over one
+# dimension after another, but an all-reduce, or one long ring, of a sum over all of them at once. On other machines the first
+# axis has all: v6e and TPU7x reduce and scatter over all links of a torus in one go (with the options of `maxlm.compiler`).
+ONE_DIMENSION_AT_A_TIME = ('TPU v4', 'TPU v5')
 FSDP = ('fsdp_x', 'fsdp_y', 'fsdp_z')
 MESH_AXES = ('data', *FSDP, 'expert', 'context', 'tensor')
 
@@ -89,8 +91,8 @@ def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
 
 
 def torus(devices) -> tuple[int, ...]:
-  """Extents of the torus of one slice's TPU devices, cores of a chip last; () for devices that say nothing of it."""
-  if not all(hasattr(device, 'coords') for device in devices):
+  """Extents of the torus of one slice's devices, cores of a chip last; () where fsdp is not factored along it."""
+  if not all(device.device_kind.startswith(ONE_DIMENSION_AT_A_TIME) for device in devices):
     return ()
   places = np.array([(*device.coords, device.core_on_chip) for device in devices])
   extents = tuple(int(n) for n in places.max(axis=0) - places.min(axis=0) + 1)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from data_pipeline import loader
-from maxlm import flags, flops, start
+from maxlm import compiler, flags, flops, start
 from maxlm.checkpoint import Checkpoints
 from maxlm.config import Experiment, validate
 from maxlm.data import mixture, train_batches
@@ -103,7 +103,8 @@ def set_up(config: Experiment, workdir: Path, started: float,
   first_batch = next(batches)
   start.write_description(config, workdir, corpus, parent)  # now that nothing in it is refused
   say('compile  …')
-  update = jax.jit(functools.partial(train_step, step_config), donate_argnums=0).lower(state, first_batch[1]).compile()
+  update = jax.jit(functools.partial(train_step, step_config), donate_argnums=0).lower(state, first_batch[1]).compile(
+    compiler_options=compiler.options(jax.devices()[0].device_kind))
   log = StepLog(config, workdir, sources, first_step)
   say(f'compile  done, {time.time() - started:.1f} s after the start')
   return Setup(config=config, workdir=workdir, corpus=corpus, checkpoints=checkpoints, meta=meta, first_step=first_step,

@@ -90,8 +90,9 @@ class ComputeConfig:
   """How the model is computed: none of this changes what it computes, but for the last two where they are set.
 
   dtype: of activations and of weights in use (None: bfloat16 on accelerators, float32 on CPU). kernel: of attention
-  (None: splash on TPU, else chunked). remat: 'none' keeps all activations, 'attention' keeps only the output of
-  attention and the layer's input, 'full' only the layer's input. unroll: periods of layers a scan step holds.
+  (None: splash on TPU, else chunked). remat: what is kept for the backward pass: 'none' means everything, 'products' what
+  products with weights and attention give, 'attention' what attention gives, 'full' only a layer's input. unroll: periods
+  of layers a scan step holds.
   experts_kernel: of the products with experts (None: pallas on TPU, tokamax on GPU, blocked on CPU; `ops.grouped_matmul`).
   exchange: of tokens between the devices of mesh.expert: 'gather' brings all tokens to all of them, 'all_to_all' each to the
   devices of its experts (None: what takes less time, `ops.exchange.exchange_for`).
@@ -102,7 +103,7 @@ class ComputeConfig:
 
   dtype: Literal['float32', 'bfloat16'] | None = None
   kernel: Literal['reference', 'chunked', 'splash'] | None = None
-  remat: Literal['none', 'attention', 'full'] = 'none'
+  remat: Literal['none', 'products', 'attention', 'full'] = 'none'
   unroll: int = 1
   experts_kernel: Literal['blocked', 'pallas', 'tokamax', 'ragged_dot'] | None = None
   exchange: Literal['gather', 'all_to_all'] | None = None
@@ -345,7 +346,8 @@ def remat(function, policy: str, scanned: bool):
   if policy == 'none':
     return function
   saved = {'full': jax.checkpoint_policies.nothing_saveable,
-           'attention': jax.checkpoint_policies.save_only_these_names('attn_out', 'attn_lse')}[policy]
+           'attention': jax.checkpoint_policies.save_only_these_names('attn_out', 'attn_lse'),
+           'products': jax.checkpoint_policies.save_only_these_names('attn_out', 'attn_lse', 'product')}[policy]
   return jax.checkpoint(function, policy=saved, prevent_cse=not scanned)
 
 

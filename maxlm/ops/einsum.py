@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.sharding import axes, spec
 
@@ -23,12 +24,12 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
   """`jnp.einsum(dims, x, w)` of an activation with a master weight; the letters of `dims` give every sharding.
 
   The weight is cast to the activation's dtype and gathered over fsdp here, where it is used, and again for the backward
-  pass rather than kept. Its gradient is summed over devices in that dtype. einsum('BTD,DF->BTF', x_BTD, w_DF).
+  pass rather than kept. Its gradient is summed over devices in that dtype. A remat policy knows the result as 'product'. einsum('BTD,DF->BTF', x_BTD, w_DF).
   """
   x_dims, w_dims, out_dims = _split(dims)
   if isinstance(w, Adapted):
     return _adapted(x_dims, w_dims, out_dims, x, w)
-  return _product(dims, x, w)
+  return checkpoint_name(_product(dims, x, w), 'product')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
