@@ -12,6 +12,7 @@ os.environ |= {'JAX_PLATFORMS': 'cpu'}
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ HLO = flags.DEFINE_string('hlo', '', 'file for the compiled training step; the e
 def main(config) -> int:
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError("planning needs the TPU compiler: pip install 'maxlm[plan]'")
-  from maxlm.plan import report, topology
+  from maxlm.plan import program, report, topology
   if not (TOPOLOGY.value or config.pod):
     raise ValueError('this config names no pod: give --topology=v5p:4x4x4, or another slice')
   where = topology.parse(TOPOLOGY.value or config.pod, SLICES.value)
-  plan = planned(config, where)
+  try:
+    plan = planned(config, where)
+  except program.Refused as refusal:
+    print('error:', refusal, file=sys.stderr)
+    return 1
   print(report.page(plan))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(plan, indent=2) + '\n')
@@ -41,6 +46,7 @@ def main(config) -> int:
 def planned(config, where) -> dict[str, Any]:
   """Compiles and reads both steps of the config."""
   from maxlm import typed_json
+  from maxlm.compiler import options
   from maxlm.config import Experiment
   from maxlm.plan import program, report
   from maxlm.plan.network import network_of
@@ -51,11 +57,11 @@ def planned(config, where) -> dict[str, Any]:
     step = compile_step(config, where, mesh)
     if HLO.value:
       Path(HLO.value + suffix).write_text(step.text)
-    steps.append(report.figures(step, report.read(step.text, step.name, network), config, network, PRICE.value))
+    steps.append(report.figures(step, report.read(step.text, step.name, network, step.filled), config, network, PRICE.value))
   return {
     'config': config.name, 'topology': where.name, 'chips': where.n_chips, 'devices': len(network.places),
     'mesh': ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items() if size > 1) or 'one device',
-    'compiler_options': program.compiler_options(where), 'programs': steps,
+    'compiler_options': options(where.chip.device_kind), 'programs': steps,
     'experiment': typed_json.encode(config, Experiment),
   }
 

@@ -17,13 +17,13 @@ from maxlm.plan.kernels import kernel
 DTYPES = {'bfloat16': 'bf16', 'float32': 'f32', 'float16': 'f16', 'int32': 's32', 'int8': 's8', 'int16': 's16'}
 
 
-def traced_flops(jaxpr: Any, chip: Chip) -> float:
-  """Of all devices together."""
+def traced_flops(jaxpr: Any, chip: Chip, filled: float = 1.0) -> float:
+  """Of all devices together. filled: as of `kernels.kernel`."""
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
-  return sum(_equation(equation, chip) for equation in jaxpr.eqns)
+  return sum(_equation(equation, chip, filled) for equation in jaxpr.eqns)
 
 
-def _equation(equation, chip: Chip) -> float:
+def _equation(equation, chip: Chip, filled: float) -> float:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
@@ -34,18 +34,18 @@ def _equation(equation, chip: Chip) -> float:
     return 2.0 * math.prod(left) * (right[-1] if len(right) == 3 and len(left) == 2 else equation.outvars[0].aval.shape[-1])
   if name == 'pallas_call':
     return kernel(_pallas_name(params), _arrays(equation.invars), _arrays(equation.outvars),
-                  str(params.get('metadata', '')).replace("'", '"'), chip).flops
+                  str(params.get('metadata', '')).replace("'", '"'), chip, filled).flops
   if name == 'cond':
-    return max(traced_flops(branch, chip) for branch in params['branches'])
+    return max(traced_flops(branch, chip, filled) for branch in params['branches'])
   times = 1
   if name == 'scan':
     times = params['length']
   if name == 'shard_map':
     times = math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes'])
-  return times * sum(traced_flops(inner, chip) for inner in _inner(params))
+  return times * sum(traced_flops(inner, chip, filled) for inner in inner_jaxprs(params))
 
 
-def _inner(params: dict) -> list:
+def inner_jaxprs(params: dict) -> list:
   """The jaxprs that an equation runs. A rule for derivatives is a function, not a jaxpr: what ran is in the trace."""
   values = [v for value in params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
   return [value for value in values if isinstance(value, (Jaxpr, ClosedJaxpr))]

@@ -31,14 +31,15 @@ class Kernel:
   known: bool
 
 
-def kernel_of(computation: Computation, call: Instruction, chip: Chip) -> Kernel:
+def kernel_of(computation: Computation, call: Instruction, chip: Chip, filled: float = 1.0) -> Kernel:
   """The cost of a `tpu_custom_call`."""
   inputs = [a for name in call.operands for a in computation.instructions[name].shape]
-  return kernel(name_of(call), inputs, list(call.shape), str(call.attributes.get('frontend_attributes', '')), chip)
+  return kernel(name_of(call), inputs, list(call.shape), str(call.attributes.get('frontend_attributes', '')), chip, filled)
 
 
-def kernel(name: str, inputs: list[Array], outputs: list[Array], notes: str, chip: Chip) -> Kernel:
-  """The same from shapes. notes: the tile sizes that splash leaves in the program."""
+def kernel(name: str, inputs: list[Array], outputs: list[Array], notes: str, chip: Chip, filled: float = 1.0) -> Kernel:
+  """The same from shapes. notes: the tile sizes that splash leaves in the program. filled: of experts' buffers, the share of
+  rows that have tokens: the rest is skipped."""
   n_bytes = sum(a.padded_bytes for a in (*inputs, *outputs) if a.space == 0)
   known, efficiency, flops = True, 1.0, 0.0
   if 'splash' in name or 'flash' in name:
@@ -46,7 +47,8 @@ def kernel(name: str, inputs: list[Array], outputs: list[Array], notes: str, chi
     # A product that is narrower than the matrix unit leaves part of it idle: scores sum over head_dim, values are as wide.
     efficiency = EFFICIENCY['attention'] * min(1.0, head_dim / chip.mxu)
   elif re.search(r'gmm|ragged|grouped', name):
-    flops, efficiency = _grouped(inputs, outputs), EFFICIENCY['grouped']
+    flops, efficiency = _grouped(inputs, outputs) * filled, EFFICIENCY['grouped']
+    n_bytes = sum(a.padded_bytes * (filled if len(a.dims) == 2 else 1) for a in (*inputs, *outputs) if a.space == 0)
   else:
     known = False
   return Kernel(name, flops, n_bytes, max(flops / (chip.flops * efficiency), n_bytes / chip.hbm_rate), known)
@@ -72,10 +74,15 @@ def _attention(name: str, inputs: list[Array], notes: str) -> tuple[float, int]:
   sizes = {key: int(n) for key, n in re.findall(r'(block_\w+)\W+(\d+)', notes)}
   block_q, block_k = sizes.get(f'block_q{suffix}', 512), sizes.get(f'block_kv{suffix}', 512)
   n_q, n_k = math.ceil(T / block_q), math.ceil(S / block_k)
-  width_q, width_k = tables[0].dims[-2:] if tables else (n_q, n_k)
-  visited = sum(min(width_k, max(1, math.ceil(((i + 1) * block_q + S - T) / block_k))) for i in range(n_q))
-  if kind == 'dkv' and width_q < n_q:
-    visited = sum(min(width_q, math.ceil((S - j * block_k) / block_q)) for j in range(n_k))
+  steps_q, steps_k = tables[0].dims[-2:] if tables else (n_q, n_k)
+  if T == S:  # queries and keys of the same tokens: each block of queries meets what is before it
+    visited = sum(min(steps_k, math.ceil((i + 1) * block_q / block_k)) for i in range(n_q))
+    if kind == 'dkv':
+      visited = sum(min(steps_q, n_q - j * block_k // block_q) for j in range(n_k))
+  elif steps_k < n_k or steps_q < n_q:  # some of the queries, a window of keys: as many steps as the tables have
+    visited = n_q * steps_k if kind != 'dkv' else n_k * steps_q
+  else:  # some of the queries, all keys: with zigzag order every device sees half of them
+    visited = n_q * (n_k + 1) / 2
   return rows * visited * 2.0 * block_q * block_k * H * PRODUCTS['fused' if fused else kind], H
 
 

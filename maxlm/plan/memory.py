@@ -1,9 +1,13 @@
 """What a compiled step needs of a chip's memory, and one line where it is more than there is."""
 
 import dataclasses
+import math
 import re
+from typing import Any
 
 from maxlm.config import Experiment
+from maxlm.plan.flops import inner_jaxprs
+from maxlm.plan.hardware import GiB
 from maxlm.plan.topology import Topology
 
 
@@ -32,15 +36,34 @@ def memory_of(compiled) -> Memory:
                 host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes)
 
 
-def does_not_fit(text: str, name: str, config: Experiment, topology: Topology) -> str:
-  """One line for what the compiler says when it gives up. Where it is not memory: its own first line."""
-  used = re.search(r'Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm', text)
+def does_not_fit(text: str, name: str, config: Experiment, topology: Topology, jaxpr: Any, sizes: dict[str, int]) -> str:
+  """One line for what the compiler says when it gives up. Where it is not memory: its own first line.
+
+  jaxpr, sizes: the traced step and its mesh, for the largest buffers where the compiler names none.
+  """
+  used = (re.search(r'Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm', text)
+          or re.search(r'required for [\w ]+ \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)', text))
   if used is None:
     first = next((line for line in text.splitlines() if line.strip()), 'no reason given')
     return f'the compiler refuses the {name} for {topology.name}: {first.strip()}'
-  largest = [f'{size} {op}' for size, op in allocations(text)[:3]]
-  return (f'the {name} does not fit {topology.name}: {used[1]} of {used[2]} of HBM a device; largest: {"; ".join(largest)}. '
-          f'{advice(config)}')
+  largest = allocations(text)[:3] or [(f'{n_bytes / GiB:.2f}G', what) for n_bytes, what in kept_by_loops(jaxpr, sizes)[:3]]
+  return (f'the {name} does not fit {topology.name}: it needs {used[1]} of {used[2]} a device; largest: '
+          f'{"; ".join(" ".join(entry) for entry in largest)}. {advice(config)}')
+
+
+def kept_by_loops(jaxpr: Any, sizes: dict[str, int]) -> list[tuple[int, str]]:
+  """(bytes of a device, what) of the arrays that loops stack up, the largest first: what layers keep for backward."""
+  found = set()
+  for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+    if equation.primitive.name == 'scan':
+      rounds = equation.params['jaxpr'].jaxpr.outvars
+      for aval in (v.aval for v, of_round in zip(equation.outvars, rounds) if v.aval.ndim > of_round.aval.ndim):
+        parts = [axis for entry in aval.sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+        n_bytes = aval.size * aval.dtype.itemsize // math.prod(sizes[axis] for axis in parts)
+        found.add((n_bytes, f'{aval.dtype.name}{list(aval.shape)}, split {math.prod(sizes[axis] for axis in parts)} ways'))
+    for inner in inner_jaxprs(equation.params) if equation.primitive.name != 'shard_map' else ():
+      found |= set(kept_by_loops(inner, sizes))
+  return sorted(found, reverse=True)
 
 
 def allocations(text: str) -> list[tuple[str, str]]:
@@ -60,8 +83,9 @@ def allocations(text: str) -> list[tuple[str, str]]:
 def advice(config: Experiment) -> str:
   """What to change, cheapest first."""
   steps = []
-  if config.compute.remat != 'full':
-    steps.append(f'--config.compute.remat={"attention" if config.compute.remat == "none" else "full"}')
+  policies = ('none', 'products', 'attention', 'full')  # each keeps less than the one before
+  if config.compute.remat != policies[-1]:
+    steps.append(f'--config.compute.remat={policies[policies.index(config.compute.remat) + 1]}')
   rows = config.data.batch_size // config.microbatches
   if rows > 1:
     steps.append(f'--config.microbatches={config.microbatches * 2}')

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,17 +12,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from data_pipeline.pack import FIELDS
+from maxlm.compiler import options
 from maxlm.config import Experiment, validate
+from maxlm.layers.moe import MoeSpec
+from maxlm.ops.exchange import buffer_rows
 from maxlm.plan.memory import Memory, does_not_fit, memory_of
 from maxlm.plan.topology import Topology
-from maxlm.sharding import make_mesh, spec
+from maxlm.sharding import axis_size, make_mesh, spec
 from maxlm.start import say
 from maxlm.step import TrainState, eval_step, init_state, train_step
+
+IMBALANCE = 1.2  # tokens of the fullest device's experts over the mean, that a balanced router is assumed to leave
+
+
+class Refused(ValueError):
+  """The compiler does not make this program for that slice; says in one line why, and what to change."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Program:
-  """One compiled step. text: the scheduled HLO of one device. jaxpr: what was traced. seconds: to trace and to compile."""
+  """One compiled step. text: the scheduled HLO of one device. jaxpr: what was traced. seconds: to trace and to compile.
+  filled: the share of rows of the experts' buffers that are assumed to have tokens."""
 
   name: str
   text: str
@@ -31,10 +40,11 @@ class Program:
   jaxpr: Any
   tokens: int
   seconds: tuple[float, float]
+  filled: float
 
 
 def compile_train(config: Experiment, topology: Topology, mesh: Mesh) -> Program:
-  """The training step with its state donated. ValueError, in one line with what to change, where it does not fit."""
+  """The training step with its state donated. Refused where it does not fit."""
   with jax.set_mesh(mesh):
     step_config = config.step_config('tpu', n_sources(config))
     state = abstract_state(config, mesh)
@@ -79,17 +89,22 @@ def abstract_batch(rows: int, length: int, more: tuple[str, ...] = ()) -> dict[s
           for name, shape in shapes.items()}
 
 
+def filled_rows(config: Experiment) -> float:
+  """The share of the rows of the experts' buffers that have tokens, on the fullest device; 1.0 without experts.
+
+  The current mesh is that of the program. Buffers are as long as the worst case (`ops.exchange.buffer_rows`).
+  """
+  moe = next((layer.mlp for layer in config.model.layers if isinstance(layer.mlp, MoeSpec)), None)
+  if moe is None:
+    return 1.0
+  devices, tokens = axis_size('E'), 1000
+  rows = buffer_rows(tokens, moe.k, devices, moe.n_experts // devices, config.compute.capacity)
+  return min(1.0, tokens * moe.k * (IMBALANCE if devices > 1 else 1.0) / rows)
+
+
 def n_sources(config: Experiment) -> int:
   """Of the mixture; a config that takes every source of its corpus is planned with one."""
   return max(1, len(config.data.mixture))
-
-
-def compiler_options(topology: Topology) -> dict[str, str]:
-  """What `maxlm.train` tells the compiler on that generation."""
-  if importlib.util.find_spec('maxlm.compiler') is None:
-    return {}
-  from maxlm.compiler import options
-  return options(topology.chip.name)
 
 
 def _compile(name: str, step: Callable, args: tuple, config: Experiment, topology: Topology) -> Program:
@@ -98,19 +113,19 @@ def _compile(name: str, step: Callable, args: tuple, config: Experiment, topolog
   lowered = traced.lower()
   traced_at = time.time()
   say(f'traced   {name}, {traced_at - started:.1f} s; compiling for {topology.name} …')
-  with _one_line(name, config, topology):
-    compiled = lowered.compile(compiler_options=compiler_options(topology) or None)
+  with _one_line(name, config, topology, traced.jaxpr):
+    compiled = lowered.compile(compiler_options=options(topology.chip.device_kind))
   seconds = time.time() - traced_at
   say(f'compiled {name}, {seconds:.1f} s')
   tokens = args[1]['tokens'].size
   return Program(name=name, text=compiled.as_text(), memory=memory_of(compiled), jaxpr=traced.jaxpr, tokens=tokens,
-                 seconds=(traced_at - started, seconds))
+                 seconds=(traced_at - started, seconds), filled=filled_rows(config))
 
 
 @contextlib.contextmanager
-def _one_line(name: str, config: Experiment, topology: Topology) -> Iterator[None]:
+def _one_line(name: str, config: Experiment, topology: Topology, jaxpr: Any) -> Iterator[None]:
   """Turns the compiler's pages on running out of memory into one line."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(does_not_fit(str(error), name, config, topology)) from error
+    raise Refused(does_not_fit(str(error), name, config, topology, jaxpr, dict(jax.sharding.get_mesh().shape))) from error

@@ -9,40 +9,45 @@ import numpy as np
 from maxlm import flops
 from maxlm.config import Experiment
 from maxlm.plan import hlo, schedule
+from maxlm.plan.buffers import Buffer, peak, where
 from maxlm.plan.flops import traced_flops
 from maxlm.plan.hardware import GiB
 from maxlm.plan.network import Network
 from maxlm.plan.program import Program
 from maxlm.plan.schedule import Span, walk
 
-WIDTH = 100
+WIDTH, LARGEST = 100, 5
 FOOTNOTE = 'All times are compiler-estimated (docs/plan.md says how, and how far off): nothing was measured.'
 PASSES = {'train step': 3.0, 'eval step': 1.0}  # of the model's FLOPs forward: backward is two more
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Read:
-  """A program that was read. span: its walk. bounds: seconds that each resource needs at its full rate."""
+  """A program that was read. span: its walk. bounds: seconds that each resource needs at its full rate.
+  peak: bytes of HBM by the live ranges of the schedule. largest: the buffers alive then."""
 
   name: str
   span: Span
   bounds: dict[str, float]
   n_instructions: int
+  peak: int
+  largest: list[Buffer]
 
   @property
   def lower_bound(self) -> float:
     return max(self.bounds.values())
 
 
-def read(text: str, name: str, network: Network) -> Read:
-  """Reads a compiled program's text. ValueError where it is no scheduled HLO."""
+def read(text: str, name: str, network: Network, filled: float = 1.0) -> Read:
+  """Reads a compiled program's text. filled: as of `schedule.walk`. ValueError where it is no scheduled HLO."""
   module = hlo.parse(text)
-  span = walk(module, network)
+  span = walk(module, network, filled)
   chip = network.chip
   bounds = {'products': span.flops / chip.flops, 'HBM': span.hbm_bytes / chip.hbm_rate}
   bounds |= {f'wires {wire}': float(seconds) for wire, seconds in sorted(span.busy.items())}
   n_instructions = sum(len(computation.instructions) for computation in module.computations.values())
-  return Read(name=name, span=span, bounds=bounds, n_instructions=n_instructions)
+  most, alive = peak(module)
+  return Read(name=name, span=span, bounds=bounds, n_instructions=n_instructions, peak=most, largest=alive)
 
 
 def model_flops(config: Experiment, rows: int, passes: float) -> float:
@@ -56,13 +61,14 @@ def figures(program: Program, found: Read, config: Experiment, network: Network,
   """Everything that is reported of a step of a config, as JSON takes it. Bytes and FLOPs are of one device and one step."""
   chip, n_devices, span = network.chip, len(network.places), found.span
   model = model_flops(config, program.tokens // config.data.seq_len, PASSES[program.name]) / n_devices
-  traced = traced_flops(program.jaxpr, chip) / n_devices
+  traced = traced_flops(program.jaxpr, chip, program.filled) / n_devices
   walked = walk_figures(found, network, program.tokens, model, price)
   return {
     'name': program.name, 'basis': 'compiler-estimated', 'tokens': program.tokens,
     'trace_seconds': program.seconds[0], 'compile_seconds': program.seconds[1],
     'memory': {**dataclasses.asdict(program.memory), 'capacity': chip.hbm_bytes,
-               'margin': 1 - program.memory.peak / chip.hbm_bytes},
+               'margin': 1 - program.memory.peak / chip.hbm_bytes, 'walked_peak': found.peak,
+               'largest': [{'bytes': buffer.bytes, 'what': where(buffer)} for buffer in found.largest[:LARGEST]]},
     **walked,
     'flops': {'model': model, 'traced': traced, **walked['flops'],
               'program_over_traced': span.flops / traced if traced else math.nan, 'program_over_model': span.flops / model},
@@ -128,7 +134,7 @@ def walk_lines(f: dict[str, Any]) -> list[str]:
 
 def _memory(m: dict[str, Any]) -> list[str]:
   gib = lambda n: f'{n / GiB:.2f}'
-  largest = [f'           {b["bytes"] / GiB:6.2f} GiB  {b["what"]}'[:WIDTH] for b in m.get('largest', ())]
+  largest = wrapped('largest', [f'{gib(b["bytes"])} {b["what"]}' for b in m['largest']])
   return [f'memory   {gib(m["peak"])} of {gib(m["capacity"])} GiB a device, {m["margin"]:.0%} left: arguments '
           f'{gib(m["arguments"])}, outputs {gib(m["outputs"])}, aliased {gib(m["aliased"])},',
           f'         temporaries {gib(m["temporaries"])}, code {gib(m["code"])}'
@@ -151,9 +157,10 @@ def _traffic(f: dict[str, Any]) -> list[str]:
     rows.append((f'  {c["kind"]}', c['axes'], f'{c["count"]:,}', f'{c["bytes"] / 1e9:.3f}', f'{c["seconds"] * 1e3:.2f}',
                  f'{c["exposed_seconds"] * 1e3:.2f}', f'{c["hidden_seconds"] * 1e3:.2f}'))
   if len(rows) > 1:
-    keys = 'count', 'bytes', 'seconds', 'exposed_seconds', 'hidden_seconds'
-    sums = [sum(c[key] for c in f['collectives']) for key in keys]
-    rows.append(('  all', '', f'{sums[0]:,}', f'{sums[1] / 1e9:.3f}', *(f'{s * 1e3:.2f}' for s in sums[2:])))
+    count, n_bytes, seconds, exposed = (sum(c[key] for c in f['collectives'])
+                                        for key in ('count', 'bytes', 'seconds', 'exposed_seconds'))
+    rows.append(('  all', '', f'{count:,}', f'{n_bytes / 1e9:.3f}', f'{seconds * 1e3:.2f}', f'{exposed * 1e3:.2f}',
+                 f'{max(0.0, seconds - exposed) * 1e3:.2f}'))
   return table(rows, (22, 30, 8, 10, 9, 9, 9))
 
 

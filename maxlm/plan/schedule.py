@@ -82,32 +82,73 @@ class Span:
     self.notes |= other.notes
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Flight:
-  """Something that was started. steps: it goes on only while fusions that carry it run (continuation fusions)."""
+  """Something that was started. left: seconds of it still to go, alone on its wires. ended: when it was over, or None.
+  steps: it goes on only while fusions that carry it run (continuation fusions)."""
 
   name: str
+  part: str
   begin: float
-  seconds: float
+  left: float
+  wires: tuple[str, ...]
   collective: Collective | None
-  lane: str
   steps: bool = False
-  done: float = 0.0  # seconds of it that have passed, where it goes by steps
+  ended: float | None = None
+
+  @property
+  def lane(self) -> str:
+    return ' '.join(sorted({wire.strip('+-') for wire in self.wires})) or 'none'
 
 
-def walk(module: Module, network: Network, computation: Computation | None = None) -> Span:
-  """The span of a computation, by default the entry. ValueError if the module is not scheduled."""
+class Air:
+  """Flights that share wires share their rate: one that meets n - 1 others on its fullest wire goes at 1/n."""
+
+  def __init__(self):
+    self.now, self.flights = 0.0, []
+
+  def advance(self, until: float) -> None:
+    """Lets time pass."""
+    while self.flights:
+      on = collections.Counter(wire for flight in self.flights for wire in flight.wires)
+      rates = [1 / max((on[wire] for wire in flight.wires), default=1) for flight in self.flights]
+      soonest = min(flight.left / rate for flight, rate in zip(self.flights, rates))
+      passed = min(soonest, until - self.now)
+      for flight, rate in zip(self.flights, rates):
+        flight.left -= passed * rate
+      self.now += passed
+      for flight in self.flights:
+        if flight.left <= 1e-15:
+          flight.ended = self.now
+      if passed < soonest:
+        break
+      self.flights = [flight for flight in self.flights if flight.ended is None]
+    self.now = max(self.now, until)
+
+  def finish(self, flight: Flight) -> float:
+    """Lets time pass until that one is over; returns when it was."""
+    while flight.ended is None:
+      self.advance(self.now + flight.left)
+    return flight.ended
+
+
+def walk(module: Module, network: Network, filled: float = 1.0, computation: Computation | None = None) -> Span:
+  """The span of a computation, by default the entry. ValueError if the module is not scheduled.
+
+  filled: the share of rows of the experts' buffers that have tokens.
+  """
   if not module.scheduled:
     raise ValueError('this HLO is not scheduled (is_scheduled=true): take the text of the compiled program')
-  return _Walk(module, network, computation or module.entry).run()
+  return _Walk(module, network, filled, computation or module.entry).run()
 
 
 class _Walk:
   """One pass over one computation."""
 
-  def __init__(self, module: Module, network: Network, computation: Computation):
+  def __init__(self, module: Module, network: Network, filled: float, computation: Computation):
+    self.filled = filled
     self.module, self.network, self.chip, self.computation = module, network, network.chip, computation
-    self.now, self.free, self.flights, self.carries, self.span = 0.0, {}, {}, {}, Span()
+    self.now, self.air, self.carries, self.prepared, self.span = 0.0, Air(), {}, {}, Span()
 
   def run(self) -> Span:
     for instruction in self.computation:
@@ -122,7 +163,7 @@ class _Walk:
     if i.opcode == 'while':
       return self._loop(i)
     if i.opcode in ('call', 'conditional'):
-      spans = [walk(self.module, self.network, called) for called in self.module.called(i)]
+      spans = [walk(self.module, self.network, self.filled, called) for called in self.module.called(i)]
       return self._inline(i, max(spans, key=lambda span: span.seconds), 1)
     if i.opcode.endswith('-done') or collectives.is_done_fusion(self.module, i):
       return self._finish(i)
@@ -130,9 +171,7 @@ class _Walk:
       return self._begin(i)
     collective = collective_of(self.module, i, self.network)
     if collective is not None:
-      flight = self._fly(i, collective)
-      self.now = self._land(flight)
-      return
+      return self._land(self._fly(i, collective))
     if work.target(i) == 'tpu_custom_call':
       return self._kernel(i)
     self._compute(i)
@@ -144,15 +183,15 @@ class _Walk:
     seconds, source = bound, ROOFLINE
     if i.cycles is not None and i.cycles / self.chip.clock >= bound:
       seconds, source = i.cycles / self.chip.clock, PRODUCTS if n_flops else OTHERS
-    for flight in {id(f): f for f in (self.carries.get(name) for name in i.operands) if f}.values():
-      flight.done += seconds
+    for flight in {id(f): f for f in (self.carries.get(name) for name in i.operands) if f and f.steps}.values():
+      flight.left = max(0.0, flight.left - seconds)
     self._take(i, seconds, source, 'core')
     self.span.flops += n_flops
     self.span.product_flops += n_flops
     self.span.hbm_bytes += n_bytes
 
   def _kernel(self, i: Instruction) -> None:
-    kernel = kernels.kernel_of(self.computation, i, self.chip)
+    kernel = kernels.kernel_of(self.computation, i, self.chip, self.filled)
     calls = self.span.calls.setdefault(kernel.name, [0, 0.0, 0.0])
     self.span.calls[kernel.name] = [calls[0] + 1, calls[1] + kernel.seconds, calls[2] + kernel.flops]
     if not kernel.known:
@@ -171,16 +210,12 @@ class _Walk:
     self.span.sources[source] += seconds
     self.span.parts[part] += seconds
 
-  def _wait(self, seconds: float, source: str, part: str) -> None:
-    self.now += seconds
-    self.span.sources[source] += seconds
-    self.span.parts[part] += seconds
-
   def _loop(self, i: Instruction) -> None:
     trips = trip_count(self.module, self.computation, i)
     if trips is None:
       self.span.notes.add(f'the trip count of {i.name} cannot be read: it is counted once')
-    self._inline(i, walk(self.module, self.network, self.module.called(i)[1]), 1 if trips is None else trips)
+    body = walk(self.module, self.network, self.filled, self.module.called(i)[1])
+    self._inline(i, body, 1 if trips is None else trips)
 
   def _inline(self, i: Instruction, body: Span, trips: int) -> None:
     self.span.add(body, trips)
@@ -191,62 +226,62 @@ class _Walk:
 
   def _begin(self, i: Instruction) -> None:
     """Starts a collective, a copy between memories, or work on the sparse cores."""
+    if i.opcode.endswith('-start') and not i.operands:
+      self.prepared[i.name] = i  # its program is loaded; what it is to do comes with an update
+      return
+    start = i
     if i.opcode.endswith('-update'):
-      earlier = self._flight(i)
-      if earlier is not None and earlier.seconds:
-        self.carries[i.name] = earlier
+      if i.operands[0] not in self.prepared:
+        self.carries[i.name] = self.carries[i.operands[0]]
         return
-    collective = collective_of(self.module, i, self.network)
+      start = self.prepared[i.operands[0]]
+    collective = collective_of(self.module, start, self.network)
     if collective is not None:
-      flight = self._fly(i, collective, steps=i.opcode == 'fusion')
-    elif i.opcode in ('copy-start', 'slice-start') or i.opcode == 'dynamic-slice-start':
+      self.carries[i.name] = self._fly(i, collective, steps=i.opcode == 'fusion')
+      return
+    if i.opcode in ('copy-start', 'slice-start', 'dynamic-slice-start'):
       n_bytes, to_host = work.moved_bytes(i)
       lane, rate = ('host', self.chip.host_rate) if to_host else ('copies', self.chip.hbm_rate)
-      flight = self._occupy(i, lane, n_bytes / rate)
-      self.span.hbm_bytes += n_bytes
     else:
-      n_bytes = sum(work.hbm_bytes(self.module, called, inner) for called in self.module.called(i)
-                    for inner in called if not work.is_free(inner)) if i.operands else 0
-      if i.opcode.endswith('-update') and not i.called:
-        operands = [self.computation.instructions[name] for name in i.operands]
-        n_bytes = sum(a.padded_bytes for a in i.shape if a.space == 0) if operands else 0
-      flight = self._occupy(i, 'sparse core', n_bytes / (self.chip.hbm_rate * SPARSE_CORE_SHARE))
-      self.span.hbm_bytes += n_bytes
-    self.flights[i.name] = self.carries[i.name] = flight
+      n_bytes = sum(a.padded_bytes for a in i.shape if a.space == 0)  # its operands come first in the tuple
+      lane, rate = 'sparse core', self.chip.hbm_rate * SPARSE_CORE_SHARE
+    self.span.hbm_bytes += n_bytes
+    self.carries[i.name] = self._launch(Flight(i.name, part_of(i.op_name), self.now, n_bytes / rate, (lane,), None))
 
   def _fly(self, i: Instruction, collective: Collective, steps: bool = False) -> Flight:
     route = collective.route
-    begin = max([self.now, *(self.free.get(wire, 0.0) for wire in route.wires)])
     for wire in route.wires:
-      self.free[wire] = begin + route.seconds
       self.span.busy[wire] += route.seconds
-    self.span.serial += route.seconds
-    lane = ' '.join(sorted({wire.strip('+-') for wire in route.wires})) or 'none'
-    self.span.bars.append(Bar(i.name, f'{collective.kind} {route.axes}', lane, begin, route.seconds))
-    key = route.axes, collective.kind
-    self.span.traffic.setdefault(key, Traffic()).add(Traffic(1, route.received, route.seconds, 0.0))
-    return Flight(i.name, begin, route.seconds, collective, lane, steps)
+    traffic = self.span.traffic.setdefault((route.axes, collective.kind), Traffic())
+    traffic.add(Traffic(1, route.received, route.seconds, 0.0))
+    part = f'{collective.kind} {route.axes}, {part_of(collective.op_name)}'
+    return self._launch(Flight(i.name, part, self.now, route.seconds, route.wires, collective, steps))
 
-  def _occupy(self, i: Instruction, lane: str, seconds: float) -> Flight:
-    begin = max(self.now, self.free.get(lane, 0.0))
-    self.free[lane] = begin + seconds
-    self.span.serial += seconds
-    if seconds:
-      self.span.bars.append(Bar(i.name, part_of(i.op_name), lane, begin, seconds))
-    return Flight(i.name, begin, seconds, None, lane)
+  def _launch(self, flight: Flight) -> Flight:
+    self.span.serial += flight.left
+    if not flight.steps:
+      self.air.advance(self.now)
+      self.air.flights.append(flight)
+    return flight
 
   def _finish(self, i: Instruction) -> None:
     flight = self._flight(i)
     if flight is None:
       self.span.notes.add(f'{i.name} finishes something that was started elsewhere: it is taken as finished')
       return
-    self.now = self._land(flight)
+    self._land(flight)
 
-  def _land(self, flight: Flight) -> float:
-    """When the core goes on: at the end of the flight, if that is still to come."""
-    end = self.now + max(0.0, flight.seconds - flight.done) if flight.steps else flight.begin + flight.seconds
-    waited = max(0.0, end - self.now)
-    now = max(self.now, end)
+  def _land(self, flight: Flight) -> None:
+    """The core goes on when the flight is over; it waits for that, if it is still to come."""
+    if flight.steps:
+      flight.ended = flight.ended or self.now + flight.left
+    else:
+      self.air.advance(self.now)
+      self.air.finish(flight)
+    if flight.ended > flight.begin:
+      self.span.bars.append(Bar(flight.name, flight.part, flight.lane, flight.begin, flight.ended - flight.begin))
+    waited = max(0.0, flight.ended - self.now)
+    self.now += waited
     if flight.collective is None:
       self.span.sources[COPIES] += waited
       self.span.parts['copies'] += waited
@@ -254,7 +289,6 @@ class _Walk:
       self.span.sources[LINKS] += waited
       self.span.parts[part_of(flight.collective.op_name)] += waited
       self.span.traffic[flight.collective.route.axes, flight.collective.kind].exposed += waited
-    return now
 
   def _flight(self, i: Instruction) -> Flight | None:
     """What an instruction goes on with or finishes."""
