@@ -9,7 +9,7 @@ from maxlm.data import to_device
 from maxlm.losses import LossConfig, next_token_loss
 from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
 
-FP32 = ComputeConfig(dtype='float32', kernel='chunked')
+FP32 = ComputeConfig(dtype='float32', kernel='chunked').resolve('cpu')
 
 
 def perturbed(model: DecoderConfig, seed: int = 0) -> Decoder:

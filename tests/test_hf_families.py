@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / 'golden' / 'hf'
 KNOWN = [model_type for family in families.families().values() for model_type in family.MODEL_TYPES]
 FOLDERS = sorted(path.parent for path in GOLDEN.glob('*/config.json')
                  if json.loads(path.read_text())['model_type'] in KNOWN)
-FP32 = ComputeConfig(dtype='float32', kernel='reference')
+FP32 = ComputeConfig(dtype='float32', kernel='reference').resolve('cpu')
 OLD_NAMES = ('gpt2_bare', 'olmo_hybrid_nope')  # of a first release: they are read and not written
 BUFFERS = ('.attn.bias', '_decay', 'slope_rate')  # masks of GPT-2, and MiniMax' decays (test_hf_recurrent.py): no weights
 TOLERANCE = 2e-4  # of the largest logit: fp32 on both sides, sums in another order

@@ -157,7 +157,7 @@ class Moe(nnx.Module):
       island, in_specs=(shard('BTD'), shard('BTD'), shard('BT'),
                         *({name: shard(_dims(name)) for name in w} for w in (router, experts))),
       out_specs=(shard('BTD'), RouterStats(*(shard(_dims(name)) for name in RouterStats._fields))))(
-        x_BTD, u_BTD, rows.segment_ids_BT, router, experts)
+        x_BTD, u_BTD, jax.reshard(rows.segment_ids_BT, shard('BT')), router, experts)
     if spec.latent is not None:
       y_BTD = einsum('BTR,RD->BTD', y_BTD, self.w_latent_out_RD[...])
     if spec.shared is not None:

@@ -25,4 +25,5 @@ def look_up(table_VD: jax.Array, index_BT: jax.Array, dtype, dims: str = 'VD') -
     x_BTD = jax.lax.all_to_all(x_BTD, axes('D'), split_axis=0, concat_axis=2, tiled=True)
     return jax.lax.psum(x_BTD, axes(dims[0]))
 
+  index_BT = jax.reshard(index_BT, spec('BT'))  # where tokens are written, time is whole
   return jax.shard_map(island, in_specs=(spec(dims), spec('BT')), out_specs=spec('BTD'))(table_VD, index_BT)
