@@ -75,9 +75,13 @@ class Experiment:
     every = self.evals.every_steps
     return bool(self.init_from) if step == 0 else bool(every) and step % every == 0
 
+  def resolved(self, platform: str) -> ComputeConfig:
+    """`compute` with the platform's choices made."""
+    return self.compute.resolve(platform, self.model, whole_rows=all(getattr(self.mesh, axis) == 1 for axis in RULES['T']))
+
   def step_config(self, platform: str, n_sources: int) -> StepConfig:
     """What `step.train_step` needs, with the platform's choices made."""
-    return StepConfig(model=self.model, lora=self.lora, compute=self.compute.resolve(platform), optim=self.optim,
+    return StepConfig(model=self.model, lora=self.lora, compute=self.resolved(platform), optim=self.optim,
                       loss=self.loss, tokens_per_step=self.tokens_per_step, total_tokens=self.n_steps * self.tokens_per_step,
                       microbatches=self.microbatches, n_sources=n_sources)
 
@@ -105,7 +109,7 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   for source, weight in data.mixture.items():
     if weight < 1:
       raise ValueError(f'data.mixture[{source!r}]={weight}: weights are whole numbers from 1; leave a source out to skip it')
-  sizes, compute = dict(zip(AXES, config.mesh.shape(n_devices))), config.compute.resolve(platform)
+  sizes, compute = dict(zip(AXES, config.mesh.shape(n_devices))), config.resolved(platform)
   kernel_check = functools.partial(check_attention, compute.kernel, platform, seq_len=data.seq_len, dtype=compute.dtype,
                                    chunks=_row_chunks(sizes))
   for i, layer in enumerate(model.pattern):
@@ -176,7 +180,7 @@ def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
 
 def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   """The lines a run starts with: what will be computed, how, and on what."""
-  model, compute = config.model, config.compute.resolve(platform)
+  model, compute = config.model, config.resolved(platform)
   kinds = collections.Counter(' + '.join(map(kind_of, layer.parts.values())) for layer in model.layers)
   devices = jax.devices()
   meant = ''
@@ -206,7 +210,7 @@ def _describe_rows(config: Experiment) -> str:
 
 def _describe_experts(config: Experiment, platform: str) -> str:
   """A line on how tokens come to their experts, and a loud one where the routers do not decide."""
-  lines, kernel = [], config.compute.resolve(platform).experts_kernel
+  lines, kernel = [], config.resolved(platform).experts_kernel
   devices = dict(zip(AXES, config.mesh.shape(jax.device_count())))[RULES['E'][0]]
   for spec, layers in expert_layers(config.model):
     way = 'all on each device, none dropped'

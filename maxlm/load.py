@@ -75,7 +75,7 @@ def load(checkpoint: str, dtype: str | None = None) -> Model:
              config and config.data.seq_len)
   max_length = max(filter(None, lengths), default=None)
   jax.set_mesh(make_mesh(MeshConfig()))
-  return Model(model=model, config=config, compute=compute.resolve(jax.default_backend()), tokenizer=tokenizer,
+  return Model(model=model, config=config, compute=compute.resolve(jax.default_backend(), model), tokenizer=tokenizer,
                params=load_params(checkpoints, step, model), tokenizer_text=text,
                max_length=max_length, step=step, **ends)
 

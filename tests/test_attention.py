@@ -292,7 +292,7 @@ def test_splash_tiles_divide_the_sequence(device, seq_len, window):
 
 
 @pytest.mark.parametrize('kernel, platform, change, message', [
-  ('flash', 'cpu', {}, r"'flash' is none of reference, chunked, splash"),
+  ('flash', 'cpu', {}, r"'flash' is none of reference, chunked, splash, cudnn"),
   ('splash', 'cpu', {}, r"runs on tpu, not on cpu: use 'chunked'"),
   ('splash', 'gpu', {}, r"runs on tpu, not on gpu: use 'chunked'"),
   ('splash', 'tpu', {'seq_len': 1000}, r"multiples of 128, not 1000: use 'chunked'"),

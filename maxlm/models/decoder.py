@@ -30,6 +30,7 @@ from maxlm.layers.rope import RopeSpec, rope_table
 from maxlm.layers.router import RouterStats
 from maxlm.layers.rows import Past, Rows, rope_key
 from maxlm.ops import grouped_matmul
+from maxlm.ops.attention import cudnn_cannot
 from maxlm.ops.embedding import look_up
 from maxlm.ops.exchange import Dispatch
 from maxlm.sharding import spec as shard
@@ -90,9 +91,9 @@ class ComputeConfig:
   """How the model is computed: none of this changes what it computes, but for the last two where they are set.
 
   dtype: of activations and of weights in use (None: bfloat16 on accelerators, float32 on CPU). kernel: of attention
-  (None: splash on TPU, else chunked). remat: what is kept for the backward pass: 'none' means everything, 'products' what
-  products with weights and attention give, 'attention' what attention gives, 'full' only a layer's input. unroll: periods
-  of layers a scan step holds.
+  (None: splash on TPU, cudnn on GPU where it can honour the model, else chunked). remat: what is kept for the backward pass:
+  'none' means everything, 'products' what products with weights and attention give, 'attention' what attention gives,
+  'full' only a layer's input. unroll: periods of layers a scan step holds.
   experts_kernel: of the products with experts (None: pallas on TPU, tokamax on GPU, blocked on CPU; `ops.grouped_matmul`).
   exchange: of tokens between the devices of mesh.expert: 'gather' brings all tokens to all of them, 'all_to_all' each to the
   devices of its experts (None: what takes less time, `ops.exchange.exchange_for`).
@@ -102,7 +103,7 @@ class ComputeConfig:
   """
 
   dtype: Literal['float32', 'bfloat16'] | None = None
-  kernel: Literal['reference', 'chunked', 'splash'] | None = None
+  kernel: Literal['reference', 'chunked', 'splash', 'cudnn'] | None = None
   remat: Literal['none', 'products', 'attention', 'full'] = 'none'
   unroll: int = 1
   experts_kernel: Literal['blocked', 'pallas', 'tokamax', 'ragged_dot'] | None = None
@@ -110,10 +111,17 @@ class ComputeConfig:
   capacity: float | None = None
   benchmark_routing: Literal['balanced'] | None = None
 
-  def resolve(self, platform: str) -> 'ComputeConfig':
-    """The choices that None leaves to the platform ('cpu', 'gpu', 'tpu'), made."""
+  def resolve(self, platform: str, model: DecoderConfig | None = None, *, whole_rows: bool = True) -> 'ComputeConfig':
+    """The choices that None leaves to the platform ('cpu', 'gpu', 'tpu'), made; on a GPU the model decides too.
+
+    whole_rows: no devices share a row.
+    """
     dtype = self.dtype or ('float32' if platform == 'cpu' else 'bfloat16')
-    return dataclasses.replace(self, dtype=dtype, kernel=self.kernel or ('splash' if platform == 'tpu' else 'chunked'),
+    kernel = {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'splash'}[platform]
+    if platform == 'gpu' and model is not None and whole_rows:
+      if not any(cudnn_cannot(**needs, dtype=dtype) for needs in kernel_needs(model)):
+        kernel = 'cudnn'
+    return dataclasses.replace(self, dtype=dtype, kernel=self.kernel or kernel,
                                experts_kernel=self.experts_kernel or grouped_matmul.default_kernel(platform, dtype))
 
 
@@ -281,6 +289,14 @@ def attentions(mixer: Mixer | None) -> list[AttentionSpec]:
     case ParallelSpec():
       return [attention for part in mixer.mixers for attention in attentions(part)]
   return []
+
+
+def kernel_needs(model: DecoderConfig) -> list[dict]:
+  """What each attention layer of the pattern asks of a kernel, as `cudnn_cannot` takes it."""
+  needs = [dict(softcap=None, sinks=False, head_dim=layer.mixer.nope_dim + layer.mixer.rope_dim)
+           for layer in model.pattern if isinstance(layer.mixer, MlaSpec)]
+  return needs + [dict(softcap=spec.softcap, sinks=spec.sinks, head_dim=spec.head_dim)
+                  for layer in model.pattern for spec in attentions(layer.mixer)]
 
 
 def ropes(mixer: Mixer | None) -> list[tuple[RopeSpec, int]]:

@@ -3,6 +3,7 @@
   reference  all scores at once, the definition; tests and decoding
   chunked    blocks of queries against the keys they can see, in XLA; any platform (`chunked_attention`)
   splash     TPU Pallas kernel (`maxlm.ops.splash`)
+  cudnn      cuDNN's fused kernel on NVIDIA GPUs (`maxlm.ops.cudnn`)
 
 Token i sees token j iff j <= i, i - j < window, and both are of one segment. Scores and softmax are fp32. A learned
 logit a head may sit in the denominator of the softmax ("sinks": gpt-oss, arXiv:2508.10925).
@@ -21,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maxlm.ops import context
 from maxlm.sharding import axes, axis_size, spec
 
-KERNELS = ('reference', 'chunked', 'splash')
+KERNELS = ('reference', 'chunked', 'splash', 'cudnn')
 MASKED = -1e30  # a score nobody sees. Finite: a difference of two of them is not NaN
 
 # Chunked: at most 8 blocks of queries are written out in the program, each of at least 128 queries; what is longer than
@@ -43,6 +44,11 @@ def check_attention(kernel: str, platform: str, *, window: int | None, softcap: 
     raise ValueError(f'attention softcap {softcap}: it must be positive (None: no cap)')
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f'attention in {jnp.dtype(dtype).name}: it must be a float type')
+  if kernel == 'cudnn':
+    if platform != 'gpu':
+      raise ValueError(f"attention kernel 'cudnn' runs on gpu, not on {platform}: use 'chunked'")
+    if reason := cudnn_cannot(softcap=softcap, sinks=sinks, head_dim=head_dim, dtype=dtype, chunks=chunks):
+      raise ValueError(f"attention kernel 'cudnn' {reason}: use 'chunked'")
   if kernel != 'splash':
     return
   if platform != 'tpu':
@@ -53,6 +59,15 @@ def check_attention(kernel: str, platform: str, *, window: int | None, softcap: 
                      "use 'chunked'")
   if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
     raise ValueError(f"attention kernel 'splash' takes float32 or bfloat16, not {jnp.dtype(dtype).name}: use 'chunked'")
+
+
+def cudnn_cannot(*, softcap: float | None, sinks: bool, head_dim: int, dtype, chunks: int = 1) -> str | None:
+  """Why cuDNN cannot honour this attention; None if it can."""
+  reasons = {'has no sinks': sinks, 'has no softcap': softcap is not None,
+             f'takes bfloat16 or float16, not {jnp.dtype(dtype).name}': jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16),
+             f'takes heads of a multiple of 8 dims, 256 at most, not {head_dim}': head_dim % 8 or head_dim > 256,
+             'needs whole rows, and devices share them here': chunks > 1}
+  return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, *,
@@ -67,6 +82,9 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_i
   if kernel == 'splash':
     from maxlm.ops.splash import splash_attention  # Pallas is slow to import and only a TPU needs it
     run = functools.partial(splash_attention, interpret=interpret)
+  elif kernel == 'cudnn':
+    from maxlm.ops.cudnn import cudnn_attention
+    run = cudnn_attention
   else:
     run = {'reference': _reference, 'chunked': chunked_attention}[kernel]
   run = functools.partial(run, window=window, softcap=softcap, scale=scale)
