@@ -62,6 +62,11 @@ class MeshConfig:
                        f'and this machine has {n_devices}: change --config.mesh.<axis>')
     return tuple(n_devices // known if size == -1 else size for size in sizes)
 
+  def with_whole_rows(self, n_devices: int) -> 'MeshConfig':
+    """The same for decoding, where there is a token at a time: devices that shared rows have rows of their own."""
+    sizes = dict(zip(AXES, self.shape(n_devices)))
+    return MeshConfig(**sizes | {'data': sizes['data'] * sizes['context'], 'context': 1})
+
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """The mesh over `devices` (default: all of the job), each axis along the machine's links; `data` crosses slices.

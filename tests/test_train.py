@@ -336,11 +336,11 @@ def test_a_stop_that_arrives_in_a_callback_is_not_lost(capfd):
 
 
 def test_other_meshes_give_the_losses_of_one_device_also_when_resumed(reference, corpus, tmp_path, monkeypatch):
-  """Five steps on data 2 x fsdp 2 x tensor 2, five on fsdp 8, against one device in another process."""
+  """Five steps on context 2 x fsdp 2 x tensor 2, five on fsdp 8, against one device in another process."""
   config = tiny.get_config()
   config.data.corpus, config.evals.every_steps = str(corpus), 0
   monkeypatch.setattr(train, 'train_batches', hang_after(5))
-  for steps, sizes in ((5, {'data': 2, 'fsdp': 2, 'tensor': 2}), (10, {'data': 1, 'fsdp': 8, 'tensor': 1})):
+  for steps, sizes in ((5, {'context': 2, 'fsdp': 2, 'tensor': 2}), (10, {'data': 1, 'fsdp': 8, 'tensor': 1})):
     config.mesh = MeshConfig(**sizes)
     assert train.run(config, tmp_path / 'run') == train.EXIT_PREEMPTED
     assert len(losses(tmp_path / 'run')) == steps
