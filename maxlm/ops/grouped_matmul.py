@@ -49,13 +49,14 @@ def check_grouped_matmul(kernel: str, platform: str, dtype) -> None:
     grouped_gpu.check_installed()
 
 
-def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, kernel: str, interpret: bool = False) -> jax.Array:
+def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, kernel: str,
+                   interpret: bool = False) -> jax.Array:
   """Each row times the matrix of its group -> [P, F] in the dtype of x; zeros past the groups.
 
   sizes_E: rows of each group, P or less in all; any of them may be 0. interpret: run Pallas's Python on a CPU, for tests.
   """
   assert not interpret or jax.default_backend() == 'cpu', 'an interpreted kernel is for tests on a CPU'
-  return _product(x_PD, w_EDF, sizes_E, kernel, interpret)
+  return _product(x_PD, w_EDF, jnp.asarray(sizes_E), kernel, interpret)
 
 
 def grouped_matmul_reference(x_PD, w_EDF, sizes_E):
