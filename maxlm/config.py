@@ -169,13 +169,13 @@ def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
   if compute.exchange is not None and sizes[axis] == 1:
     raise ValueError(f'compute.exchange={compute.exchange!r}: {shared}; leave it None')
   if compute.capacity is not None and (sizes[axis] == 1 or compute.capacity < 1):
-    raise ValueError(f'compute.capacity={compute.capacity}: {shared}; leave it None, and nothing is dropped' if sizes[axis] == 1
-                     else f'compute.capacity={compute.capacity} must be at least 1, the average load of a device')
+    why = f'{shared}; leave it None' if sizes[axis] == 1 else 'it must be at least 1, the average load of a device'
+    raise ValueError(f'compute.capacity={compute.capacity}: {why}')
   if compute.benchmark_routing not in (None, 'balanced'):
     raise ValueError(f"compute.benchmark_routing={compute.benchmark_routing!r} must be None or 'balanced'")
   if compute.benchmark_routing and 'benchmark' not in config.name:
-    raise ValueError(f'compute.benchmark_routing={compute.benchmark_routing!r} does not train the routers: set it to None, or '
-                     'give the run a name with "benchmark" in it')
+    raise ValueError(f'compute.benchmark_routing={compute.benchmark_routing!r} does not train the routers: set it to None, '
+                     'or give the run a name with "benchmark" in it')
 
 
 def describe(config: Experiment, platform: str, n_parameters: int) -> str:
@@ -221,8 +221,8 @@ def _describe_experts(config: Experiment, platform: str) -> str:
       way = f'on {devices} devices, {exchange}, {fits}'
     lines.append(f'experts  {spec.k} of {spec.n_experts} in {len(layers)} layers: {way}; products by {kernel}')
   if config.compute.benchmark_routing:
-    lines.append(f'WARNING  {config.compute.benchmark_routing.upper()} ROUTING, a benchmark: experts in turn, the routers do not '
-                 'decide and the model learns nothing of worth')
+    lines.append(f'WARNING  {config.compute.benchmark_routing.upper()} ROUTING, a benchmark: experts in turn, the '
+                 'routers do not decide, the model learns nothing of worth')
   return ''.join(f'{line}\n' for line in lines)
 
 

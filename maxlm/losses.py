@@ -81,9 +81,9 @@ def router_sums(spec: MoeSpec, loss: LossConfig, stats: RouterStats, real_BT: ja
 
 
 def router_metrics(model: DecoderConfig, routers: list[dict[str, jax.Array]], tokens: jax.Array) -> dict[str, jax.Array]:
-  """From `router_sums` of a batch of that many real tokens, of each layer with experts, in their order, fp32: load_violation,
-  the highest load over the mean, less 1 (arXiv 2408.15664, section 4.1); entropy of the scores, nats; dead, experts without
-  a token; dropped, share of pairs; balance and z, the losses unweighted. Empty where there are no experts."""
+  """From `router_sums` of a batch of that many real tokens, of each layer with experts, in their order, fp32:
+  load_violation, the highest load over the mean, less 1 (arXiv 2408.15664, section 4.1); entropy of the scores, nats; dead,
+  experts without a token; dropped, share of pairs; balance and z, the losses unweighted. Empty without experts."""
   kinds = expert_layers(model)
   known = [i for _, layers in kinds for i in layers]
   order = sorted(range(len(known)), key=known.__getitem__)

@@ -34,6 +34,7 @@ PARAMETERS = {
   'gpt_oss_120b': 116_829_156_672,
   'llama3_70b': 70_553_706_496,
   'llama3_8b': 8_030_261_248,
+  'moe_tiny': 5_449_088,
   'nemotron3_nano': 31_577_940_288,
   'olmo3_32b': 32_234_279_936,  # 32,233,522,176 without the 74 rows and columns that pad the vocabulary
   'olmo3_7b': 7_298_617_344,  # 7,298,011,136 without them

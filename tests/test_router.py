@@ -90,7 +90,7 @@ def test_losses_and_metrics_are_their_definitions_and_padding_does_not_count(spe
   if over == 'batch' and not spec.select_bias:
     balance = E * np.sum(total['load'] / (spec.k * n) * total['P'] / n)
   else:
-    balance = sum(row['n'] * E * np.sum(row['load'] / (spec.k * row['n']) * row['P'] / row['n']) for row in rows if row['n']) / n
+    balance = sum(E * np.sum(row['load'] / spec.k * row['P'] / row['n']) for row in rows if row['n']) / n
   loss = LossConfig(balance=0.3, balance_beside_bias=0.2, router_z=0.1, balance_over=over)
   sums = jax.jit(functools.partial(router_sums, spec, loss))(stats_of(spec, logits, real), jnp.asarray(real))
   metrics = router_metrics(model(spec), [sums], jnp.float32(n))
@@ -194,8 +194,8 @@ def test_loss_gradients_and_loads_are_those_of_one_device(mesh_of, sizes, exchan
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
     np.testing.assert_allclose(a, b, rtol=2e-6)
   assert_same_gradients(grads_one, grads, 5e-6, NOT_BY_GRADIENTS)
-  routers = [name for name in grads if 'w_router' in name]
-  assert routers and all(np.abs(grads_one[name] - without[name]).max() > 0.01 * np.abs(without[name]).max() for name in routers)
+  for name in ('stacks.0.mlp.w_router_DE', 'stacks.1.mlp.w_router_DE'):
+    assert np.abs(grads_one[name] - without[name]).max() > 0.01 * np.abs(without[name]).max()
 
 
 # -- what is refused, and what is said
@@ -208,7 +208,7 @@ def experiment(**changes) -> Experiment:
 @pytest.mark.parametrize('mesh, compute, message', [
   ({}, {'exchange': 'gather'}, "compute.exchange='gather': devices share experts where mesh.expert is more than 1"),
   ({}, {'capacity': 1.5}, 'compute.capacity=1.5: devices share experts'),
-  ({'expert': 2}, {'capacity': 0.5}, 'compute.capacity=0.5 must be at least 1'),
+  ({'expert': 2}, {'capacity': 0.5}, 'compute.capacity=0.5: it must be at least 1'),
   ({'expert': 2}, {'exchange': 'ring'}, "compute.exchange='ring' is neither"),
   ({}, {'benchmark_routing': 'balanced'}, 'give the run a name with "benchmark" in it'),
   ({'expert': 16}, {}, r'model.pattern\[0\].mlp.n_experts=8 does not divide into 16 parts \(expert of the mesh\)')], ids=str)

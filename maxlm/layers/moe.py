@@ -238,7 +238,7 @@ def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, sizes_E, kernel) ->
     y_RF = grouped_matmul(x_RD, w_EDF, sizes_E, kernel=kernel)
     if b_EF is None:
       return y_RF
-    b_RF = jnp.einsum('RE,EF->RF', is_of_RE.astype(y_RF.dtype), b_EF, precision='highest')  # b_EF[expert]: sums up row by row
+    b_RF = jnp.einsum('RE,EF->RF', is_of_RE.astype(y_RF.dtype), b_EF, precision='highest')  # b_EF[expert] has a scatter back
     return jnp.where(row_R1 < stop_E[-1], y_RF + b_RF, 0)  # undefined rows must not reach the gradient of the bias
 
   with jax.named_scope('experts'):

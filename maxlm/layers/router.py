@@ -43,7 +43,8 @@ def route(spec, logits_CE: jax.Array, select_bias_E: jax.Array | None,
   _, experts_CJ = jax.lax.top_k(choice_CE, spec.k)
   if balanced:
     experts_CJ = jnp.arange(experts_CJ.size, dtype=jnp.int32).reshape(experts_CJ.shape) % spec.n_experts + 0 * experts_CJ
-  weights_CJ = jnp.take_along_axis(scores_CE, experts_CJ, axis=-1)
+  is_of_CJE = experts_CJ[:, :, None] == jnp.arange(spec.n_experts)
+  weights_CJ = jnp.sum(jnp.where(is_of_CJE, scores_CE[:, None], 0), axis=-1)  # scores_CE[experts]: its gradient is a scatter
   if spec.normalise:  # families add 1e-20 or nothing: the same in fp32 for sums above 1e-11. 1e-20 has no square in fp32
     weights_CJ /= weights_CJ.sum(axis=-1, keepdims=True) + 1e-18
   return spec.scale * weights_CJ, experts_CJ, scores_CE
