@@ -34,7 +34,10 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(dims, x, w):
+  """Barriers: a TPU's compiler would make what comes before a product, an activation say, while it loads the product's
+  tiles, which leaves the matrix unit half idle: by its own count 1.6 times the cycles, where a pass over HBM costs a tenth."""
   _, w_dims, out_dims = _split(dims)
+  x = jax.lax.optimization_barrier(x)
   return jnp.einsum(dims, x, _gathered(w_dims, w, x.dtype), out_sharding=spec(out_dims))
 
 
@@ -47,7 +50,9 @@ def _backward(dims, residuals, dy):
   """JAX's own gradient of a gathered weight is a sum over all devices, of which each then takes its part: twice the bytes of
   a scatter, which a TPU's compiler makes only of sums over one dimension of its torus after another."""
   (x, w), (x_dims, w_dims, out_dims) = residuals, _split(dims)
+  dy = jax.lax.optimization_barrier(dy)
   dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', dy, _gathered(w_dims, w, dy.dtype), out_sharding=spec(x_dims))
+  dx = jax.lax.optimization_barrier(dx)
   if x is None:
     return dx, None
   summed = axes(''.join(dim for dim in dict.fromkeys(x_dims + out_dims) if dim not in w_dims))
