@@ -21,6 +21,8 @@ from maxlm import flags
 TOPOLOGY = flags.DEFINE_string('topology', '', "the slice, such as v5p:4x4x4 or v5e:16x16 (default: the config's pod)")
 SLICES = flags.DEFINE_integer('slices', 1, 'slices of that shape, connected by the data-centre network')
 PRICE = flags.DEFINE_float('price', None, 'dollars for a chip and an hour; with it, the cost of 1T tokens')
+SEARCH = flags.DEFINE_bool('search', False, 'try meshes, microbatches and remat policies, and print the best few')
+COMPILES = flags.DEFINE_integer('search_compiles', 6, 'candidates that a search compiles: each takes as long as a plan does')
 JSON = flags.DEFINE_string('json', '', 'file for all the figures')
 HLO = flags.DEFINE_string('hlo', '', 'file for the compiled training step; the evaluation step goes beside it')
 
@@ -32,12 +34,17 @@ def main(config) -> int:
   if not (TOPOLOGY.value or config.pod):
     raise ValueError('this config names no pod: give --topology=v5p:4x4x4, or another slice')
   where = topology.parse(TOPOLOGY.value or config.pod, SLICES.value)
-  try:
-    plan = planned(config, where)
-  except program.Refused as refusal:
-    print('error:', refusal, file=sys.stderr)
-    return 1
-  print(report.page(plan))
+  if SEARCH.value:
+    from maxlm.plan import search
+    plan = search.search(config, where, COMPILES.value)
+    print(search.page(config, where, plan))
+  else:
+    try:
+      plan = planned(config, where)
+    except program.Refused as refusal:
+      print('error:', refusal, file=sys.stderr)
+      return 1
+    print(report.page(plan))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(plan, indent=2) + '\n')
   return 0
