@@ -21,6 +21,7 @@ from maxlm import flags
 TOPOLOGY = flags.DEFINE_string('topology', '', "the slice, such as v5p:4x4x4 or v5e:16x16 (default: the config's pod)")
 SLICES = flags.DEFINE_integer('slices', 1, 'slices of that shape, connected by the data-centre network')
 PRICE = flags.DEFINE_float('price', None, 'dollars for a chip and an hour; with it, the cost of 1T tokens')
+PLOT = flags.DEFINE_string('plot', '', 'file for a timeline of the training step: .html or .svg')
 SEARCH = flags.DEFINE_bool('search', False, 'try meshes, microbatches and remat policies, and print the best few')
 COMPILES = flags.DEFINE_integer('search_compiles', 6, 'candidates that a search compiles: each takes as long as a plan does')
 JSON = flags.DEFINE_string('json', '', 'file for all the figures')
@@ -33,6 +34,8 @@ def main(config) -> int:
   from maxlm.plan import program, report, topology
   if not (TOPOLOGY.value or config.pod):
     raise ValueError('this config names no pod: give --topology=v5p:4x4x4, or another slice')
+  if PLOT.value and not PLOT.value.endswith(('.html', '.svg')):
+    raise ValueError(f'--plot={PLOT.value}: a picture is .html or .svg')
   where = topology.parse(TOPOLOGY.value or config.pod, SLICES.value)
   if SEARCH.value:
     from maxlm.plan import search
@@ -55,7 +58,7 @@ def planned(config, where) -> dict[str, Any]:
   from maxlm import typed_json
   from maxlm.compiler import options
   from maxlm.config import Experiment
-  from maxlm.plan import program, report
+  from maxlm.plan import program, report, timeline
   from maxlm.plan.network import network_of
   mesh = program.mesh_for(config, where)
   network = network_of(where, mesh)
@@ -64,7 +67,11 @@ def planned(config, where) -> dict[str, Any]:
     step = compile_step(config, where, mesh)
     if HLO.value:
       Path(HLO.value + suffix).write_text(step.text)
-    steps.append(report.figures(step, report.read(step.text, step.name, network, step.filled), config, network, PRICE.value))
+    found = report.read(step.text, step.name, network, step.filled)
+    steps.append(report.figures(step, found, config, network, PRICE.value))
+    if PLOT.value and not suffix:
+      draw = timeline.svg if PLOT.value.endswith('.svg') else timeline.page
+      Path(PLOT.value).write_text(draw(found.span, f'{config.name} on {where.name}, {step.name}'))
   return {
     'config': config.name, 'topology': where.name, 'chips': where.n_chips, 'devices': len(network.places),
     'mesh': ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items() if size > 1) or 'one device',

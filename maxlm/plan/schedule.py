@@ -197,6 +197,8 @@ class _Walk:
     if not kernel.known:
       self.span.notes.add(f'kernel {kernel.name} is not known: only its memory traffic is counted')
     self._take(i, kernel.seconds, KERNELS, 'kernel')
+    if kernel.seconds:
+      self.span.bars[-1].name = kernel.name
     self.span.flops += kernel.flops
     self.span.hbm_bytes += kernel.hbm_bytes
 
