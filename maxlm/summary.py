@@ -12,6 +12,7 @@ from maxlm.config import Experiment
 from maxlm.decode import generate
 from maxlm.metrics import duration
 from maxlm.models.decoder import Decoder
+from maxlm.sharding import make_mesh
 
 PROMPTS = ('', 'The ', 'To create a ')  # of a model of documents
 
@@ -34,8 +35,11 @@ def sample(config: Experiment, corpus: loader.Corpus, params: Decoder) -> str:
   prompts = held_out_questions(corpus, len(PROMPTS)) if chats else [
     [corpus.bos, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in PROMPTS]
   how = dict(temperature=0.0) if chats else dict(temperature=0.8, top_p=0.95, seed=config.seed)
-  compute = config.compute.resolve(jax.default_backend())
-  out = generate(params, config.model, compute, prompts, eos=[corpus.eot], max_tokens=64, **how)
+  compute = config.resolved(jax.default_backend())
+  mesh = make_mesh(config.mesh.with_whole_rows(jax.device_count()))
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, jax.tree.map(lambda w: jax.NamedSharding(mesh, w.sharding.spec), params))
+    out = generate(params, config.model, compute, prompts, eos=[corpus.eot], max_tokens=64, **how)
   texts = [tokenizer.decode(prompt) + tokenizer.decode(ids) for prompt, ids in zip(prompts, out)]
   title = 'What it answers to held-out questions' if chats else 'What it writes (temperature 0.8, top-p 0.95)'
   return '\n'.join([f'{title}:', *(f'  {" ".join(text.split())}' for text in texts)])

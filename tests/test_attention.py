@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.ops import attention as ops
 from maxlm.ops import splash
-from maxlm.ops.tiles import TABLE, Tiles, tiles_for
+from maxlm.ops.tiles import SMALL, TABLE, Tiles, tiles_for
 from maxlm.sharding import spec
 
 DIMS = ('BTNH', 'BSKH', 'BSKH', 'BT', 'N')  # q k v segment_ids sinks
@@ -281,14 +281,21 @@ def test_query_chunks_cover_the_sequence_once_and_are_few(seq_len):
 
 @pytest.mark.parametrize('seq_len', [128, 256, 640, 1280, 4096, 8192])
 @pytest.mark.parametrize('window', [None, 1, 128, 1000])
-@pytest.mark.parametrize('device', ['cpu', *(kind for kind, _ in TABLE)])
+@pytest.mark.parametrize('device', ['cpu', 'TPU v5', 'TPU v6 lite'])
 def test_splash_tiles_divide_the_sequence(device, seq_len, window):
-  tiles = splash.fitted(tiles_for(device, window), seq_len, seq_len)
+  tiles = splash.fitted(tiles_for(device, 128, window, seq_len), seq_len, seq_len)
   for size in (size for pair in tiles[:3] for size in pair):
     assert seq_len % size == 0 and size % 128 == 0
   blocks = splash.block_sizes(tiles)
   assert blocks.block_kv % blocks.block_kv_compute == 0 and blocks.block_kv_dkv % blocks.block_kv_dkv_compute == 0
-  assert blocks.block_kv <= max(512, window or seq_len)
+  assert blocks.block_kv <= max(512, window or seq_len // 8)
+
+
+def test_tiles_are_those_of_the_first_row_of_the_table_that_fits():
+  for kind, head_dim, tiles in TABLE:
+    assert tiles_for(kind + ' of some kind', head_dim, None, 1 << 20) == tiles
+  assert tiles_for('TPU v6 lite', 129, None, 1 << 20) != tiles_for('TPU v6 lite', 128, None, 1 << 20)
+  assert tiles_for('cpu', 128, None, 8192) == SMALL
 
 
 @pytest.mark.parametrize('kernel, platform, change, message', [

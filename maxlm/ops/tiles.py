@@ -1,10 +1,15 @@
 """Tiles of the attention kernel (`ops.splash`) on each TPU, as data.
 
-Larger tiles mean fewer steps, each of which costs about a third of a microsecond beside its products, and less traffic: a tile of
-keys is fetched once for each tile of queries. What a kernel holds in VMEM bounds them. Forward, with H the head dim in
-multiples of 128, bytes:
-  queries, outputs (bf16, twice, to overlap) 8 q H + keys, values the same 8 k H + accumulator 4 q H
-  + segment ids, indices, sums and log-sum-exps, each 128 lanes wide: about 4096 q + scores, mask and probabilities 12 q compute
+A tile of keys is fetched once for each tile of queries, so a kernel does as many FLOPs a byte as a tile has queries, and
+twice what the chip does (peak FLOP/s by bytes/s of HBM: v4 224, v5e 240, v5p 166, v6e 560, v7x 313) leaves room for the rest.
+A step costs about a third of a microsecond beside its products: a tile should keep the matrix units busy for one or more. With heads
+of 128 that is 4 * 128 FLOPs a pair: 512 x 1024 take 1.4 us on v5e and 0.3 us on v6e, whose 1024 x 2048 take 1.2 us.
+
+VMEM bounds both. Unless told otherwise (`xla_tpu_scoped_vmem_limit_kib`) the compiler gives a kernel 16 MiB (v4 has no more). Bytes
+of the forward kernel, q and k being the sizes and H the head dim in multiples of 128: queries and outputs 8 q H, keys and values 8 k H
+(bf16, twice, so that copies overlap), accumulator 4 q H, ids, indices, sums and log-sum-exps of 128 lanes 4096 q, scores and what is
+made of them 12 q compute. All tiles of the table were compiled for their chips with the default limit (docs/LOG.md, 2026-11-22);
+none was timed. 2048 x 2048 by 1024 fits v6e and tpu7x too, and takes 25 MiB on v4.
 """
 
 from typing import NamedTuple
@@ -20,23 +25,30 @@ class Tiles(NamedTuple):
   compute: int
 
 
-# Within the 16 MiB of VMEM that a kernel has unless the compiler is told otherwise (`xla_tpu_scoped_vmem_limit_kib`): 7 MiB by the
-# sum above at H = 128, 9 at 256.
 SMALL = Tiles(forward=(512, 1024), dkv=(512, 1024), dq=(512, 512), compute=512)
+SQUARE = Tiles(forward=(1024, 1024), dkv=(1024, 1024), dq=(1024, 512), compute=512)
+LONG = Tiles(forward=(1024, 2048), dkv=(1024, 2048), dq=(1024, 1024), compute=512)
 
-# (what the device's kind begins with, tiles). v4 has no more VMEM than that.
+# (what the device's kind begins with, head dim at most, tiles): the first that fits, else SMALL
 TABLE = (
-  ('TPU v4', SMALL),
+  ('TPU v4', 256, SQUARE),
+  ('TPU v5 lite', 256, SQUARE),
+  ('TPU v5', 256, SQUARE),
+  ('TPU v6', 128, LONG),
+  ('TPU v6', 256, SQUARE),
+  ('TPU7x', 128, LONG),
+  ('TPU7x', 256, SQUARE),
 )
+SHORTEST = 512  # a step has its price
 
 
-def tiles_for(device_kind: str, window: int | None) -> Tiles:
+def tiles_for(device_kind: str, head_dim: int, window: int | None, n_keys: int) -> Tiles:
   """The tiles for a device and a layer; they are yet to be shrunk to divide its queries and keys.
 
-  Of keys no more than the window, or most of a tile is masked, but 512: a step has its price.
+  Of keys no more than the window, and without one no longer than an eighth of all keys: most of a tile would be masked, or as
+  much as is not along the diagonal.
   """
-  tiles = next((tiles for kind, tiles in TABLE if device_kind.startswith(kind)), SMALL)
-  if window is None:
-    return tiles
-  most = max(512, window)
-  return Tiles(*((q, min(k, most)) for q, k in tiles[:3]), compute=tiles.compute)
+  tiles = next((tiles for kind, dim, tiles in TABLE if device_kind.startswith(kind) and head_dim <= dim), SMALL)
+  most_k = max(SHORTEST, n_keys // 8 if window is None else window)
+  most_q = max(SHORTEST, n_keys // 8) if window is None else max(q for q, _ in tiles[:3])
+  return Tiles(*((min(q, most_q), min(k, most_k)) for q, k in tiles[:3]), compute=tiles.compute)
