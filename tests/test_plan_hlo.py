@@ -11,6 +11,7 @@ import pytest
 from maxlm.plan import buffers, hlo, work
 from maxlm.plan.groups import permute_pairs, replica_groups
 from maxlm.plan.hardware import CHIPS, HOP
+from maxlm.plan.kernels import EFFICIENCY, kernel
 from maxlm.plan.loops import trip_count
 from maxlm.plan.network import Network
 from maxlm.plan.schedule import KERNELS, LINKS, OTHERS, Traffic, part_of, walk
@@ -182,6 +183,31 @@ def test_kernels_are_found_and_cost_what_their_tiles_do():
 def test_what_is_alive_at_the_peak_has_the_peaks_bytes(name):
   most, alive = buffers.peak(hlo.parse(TEXTS[name]))
   assert most == sum(buffer.bytes for buffer in alive) > 0
+
+
+BF16 = lambda *dims: hlo.Array('bf16', dims)
+
+
+@pytest.mark.parametrize('kind, products, tables, T, S, tiles', [
+  ('fwd', 2, (1, 4, 4), 512, 512, 1 + 2 + 3 + 4), ('dq', 3, (1, 4, 4), 512, 512, 10), ('dkv', 4, (1, 4, 4), 512, 512, 10),
+  ('fwd', 2, (1, 4, 2), 512, 512, 1 + 2 + 2 + 2), ('dkv', 4, (1, 2, 4), 512, 512, 2 + 2 + 2 + 1),  # a window of two tiles
+  ('fwd', 2, (1, 2, 3), 256, 512, 6),  # some of the queries, a window of keys
+  ('fwd', 2, (1, 2, 8), 256, 1024, 9)])  # some of the queries, in zigzag order: half of the keys and the diagonal
+def test_attention_costs_the_tiles_that_it_visits(kind, products, tables, T, S, tiles):
+  notes = ' '.join(f'\\"block_{x}{suffix}\\": 128,' for x in ('q', 'kv') for suffix in ('', '_dq', '_dkv'))
+  inputs = [hlo.Array('s16', tables), BF16(2, 8, T, 64), BF16(2, 2, S, 64), BF16(2, 2, S, 64)]
+  found = kernel(f'splash_mha_{kind}', inputs, [BF16(2, 8, T, 64)], notes, CHIPS['v6e'])
+  assert found.flops == 2 * 8 * tiles * 2 * 128 * 128 * 64 * products
+  assert found.seconds >= found.flops / (CHIPS['v6e'].flops * EFFICIENCY['attention'] * 64 / 256)
+
+
+@pytest.mark.parametrize('inputs, output', [
+  ([BF16(4096, 512), BF16(8, 512, 256)], BF16(4096, 256)), ([BF16(4096, 256), BF16(8, 512, 256)], BF16(4096, 512)),
+  ([BF16(4096, 512), BF16(4096, 256)], BF16(8, 512, 256)), ([BF16(512, 4096), BF16(4096, 256)], BF16(8, 512, 256))])
+def test_grouped_products_cost_the_rows_that_have_tokens(inputs, output):
+  whole, part = (kernel('grouped_rows', inputs, [output], '', CHIPS['v5p'], filled) for filled in (1.0, 0.25))
+  assert whole.flops == 2 * 4096 * 512 * 256 and part.flops == whole.flops / 4 and part.seconds < whole.seconds
+  assert not kernel('mystery', inputs, [output], '', CHIPS['v5p']).known
 
 
 # -- walks by hand

@@ -32,10 +32,10 @@ def main(config) -> int:
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError("planning needs the TPU compiler: pip install 'maxlm[plan]'")
   from maxlm.plan import program, report, topology
-  if not (TOPOLOGY.value or config.pod):
-    raise ValueError('this config names no pod: give --topology=v5p:4x4x4, or another slice')
   if PLOT.value and not PLOT.value.endswith(('.html', '.svg')):
     raise ValueError(f'--plot={PLOT.value}: a picture is .html or .svg')
+  if not (TOPOLOGY.value or config.pod):
+    raise ValueError('this config names no pod: give --topology=v5p:4x4x4, or another slice')
   where = topology.parse(TOPOLOGY.value or config.pod, SLICES.value)
   if SEARCH.value:
     from maxlm.plan import search

@@ -92,4 +92,5 @@ def _grouped(inputs: list[Array], outputs: list[Array]) -> float:
   rows = [a.dims for a in inputs if len(a.dims) == 2 and a.dtype in ('bf16', 'f32')]
   if not matrices or not rows:
     return 0.0
-  return 2.0 * math.prod(matrices[0][1:]) * max(max(dims) if set(dims) - set(matrices[0]) else dims[0] for dims in rows)
+  matrix = matrices[0][1:]
+  return 2.0 * math.prod(matrix) * max(dims[0] if dims[1] in matrix else dims[1] for dims in rows)

@@ -186,7 +186,7 @@ def _times(f: dict[str, Any]) -> list[str]:
   total = f['estimates']['scheduled']['seconds']
   shares = [f'{name} {seconds / total:.1%}' for name, seconds in sorted(f['sources'].items(), key=lambda s: -s[1])]
   parts = [f'{name} {seconds / total:.1%}' for name, seconds in list(f['parts'].items())[:8]]
-  return [*table(rows, (30, 12, 13, 10, 8, 16)), *wrapped('rests on', shares), *wrapped('goes to', parts)]
+  return [*table(rows, (30, 11, 15, 13, 8, 16)), *wrapped('rests on', shares), *wrapped('goes to', parts)]
 
 
 def table(rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> list[str]:
