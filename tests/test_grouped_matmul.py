@@ -1,5 +1,6 @@
 """Grouped products: each way to compute them against a matrix for each row, in value and gradient."""
 
+import collections
 import functools
 import importlib.util
 import re
@@ -8,11 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from maxlm.layers.mlp import MlpSpec
+from maxlm.layers.moe import MoeSpec
+from maxlm.layers.norm import NormSpec
+from maxlm.layers.rows import Rows
 from maxlm.models.decoder import ComputeConfig
 from maxlm.ops import grouped_gpu, grouped_tpu
 from maxlm.ops import grouped_matmul as ops
-from maxlm.sharding import axes, spec
+from maxlm.ops.exchange import Dispatch
+from maxlm.plan.topology import parse
+from maxlm.sharding import MeshConfig, axes, make_mesh, spec
 
 KERNELS = ('blocked', 'pallas', 'ragged_dot')
 SIZES = [[5, 0, 9, 1], [0, 0, 15, 0], [15, 0, 0, 0], [0, 0, 0, 15], [4, 4, 4, 3], [1, 1, 12, 1], [15], [0, 1], [2] * 20]
@@ -186,6 +194,30 @@ def test_pallas_kernels_of_the_backward_pass_are_in_a_tpus_program(monkeypatch, 
   assert kernels_in(lowered('pallas', 'tpu', dtype)) == ['grouped_outer', 'grouped_rows_transposed']
 
 
+def test_a_layer_of_experts_on_a_tpu_has_two_products_backward_for_each_one_forward(monkeypatch):
+  """The compiled program of a layer's gradient on four v5p chips, two of which share the experts."""
+  monkeypatch.undo()
+  layer, norm = MoeSpec(n_experts=4, k=2, experts=MlpSpec(d_ff=256)), NormSpec()
+  mesh = make_mesh(MeshConfig(expert=2), parse('v5p:2x2x1').devices())
+  like = lambda a, split: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, split))
+
+  def total(moe, x_BTD, ids_BT):
+    rows = Rows(segment_ids_BT=ids_BT, positions_BT=None, rope={}, kernel='splash', norm=norm,
+                dispatch=Dispatch(kernel='pallas'))
+    return jnp.sum(moe(layer, x_BTD, rows)[0], dtype=jnp.float32)
+
+  with jax.set_mesh(mesh):
+    moe = jax.tree.map(lambda w: like(w, w.sharding.spec), jax.eval_shape(lambda: layer.build(256, norm, nnx.Rngs(0))))
+    x_BTD, ids_BT = jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4, 128), jnp.int32)
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    program = gradient.lower(moe, like(x_BTD, spec('BTD')), like(ids_BT, spec('BT'))).compile().as_text()
+  calls = collections.Counter(
+    re.findall(r'%(grouped_\w+?)(?:\.\d+)? = \S+ custom-call\(.*tpu_custom_call', program))
+  assert calls == dict.fromkeys(('grouped_rows', 'grouped_rows_transposed', 'grouped_outer'), calls['grouped_rows'])
+  assert calls['grouped_rows'] >= 2  # in, as one with the gate or two, and out
+  assert not re.search(r'\bragged', program)
+
+
 def test_the_contractions_that_tokamax_is_asked_for_are_those_of_the_gradients():
   """By XLA's function of the same meaning: its own kernels are for GPUs (tests/benchmarks/gpu.py compares them there)."""
   x, w, dy, sizes = example([5, 0, 9, 1])
@@ -218,7 +250,8 @@ def test_what_a_kernel_cannot_do_is_refused_in_one_line(kernel, platform, dtype,
 
 
 @pytest.mark.parametrize('platform, dtype, kernel', [
-  ('cpu', 'float32', 'blocked'), ('tpu', 'float32', 'pallas'), ('gpu', 'bfloat16', 'tokamax'), ('gpu', 'float32', 'blocked')])
+  ('cpu', 'float32', 'blocked'), ('tpu', 'float32', 'pallas'), ('gpu', 'bfloat16', 'tokamax'),
+  ('gpu', 'float32', 'blocked')])
 def test_a_platform_has_its_kernel(platform, dtype, kernel):
   assert ComputeConfig(dtype=dtype).resolve(platform).experts_kernel == kernel
   assert ComputeConfig(dtype=dtype, experts_kernel='ragged_dot').resolve(platform).experts_kernel == 'ragged_dot'
