@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jax
 import pytest
 from absl import flags as absl_flags
 
@@ -108,6 +109,22 @@ def test_a_tiny_config_is_planned_from_the_command_line(tmp_path):
   text = (tmp_path / 'plan.hlo').read_text()
   assert hlo.parse(text).scheduled and (tmp_path / 'plan.hlo.eval').exists()
   assert '<svg' in (tmp_path / 'plan.html').read_text()
+
+
+def test_a_program_that_was_compiled_before_is_read_from_jaxs_cache_directory(tmp_path, capsys):
+  config, topology, before = tiny(), parse('v5e:2x2'), jax.config.jax_compilation_cache_dir
+  mesh = program.mesh_for(config, topology)
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'cache'))
+  try:
+    first = program.compile_eval(config, topology, mesh)
+    again = program.compile_eval(config, topology, mesh)
+    config.loss.z_loss, config.model.logits_scale = 0.0, 0.5
+    other = program.compile_eval(config, topology, mesh)
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+  assert (again.text, again.memory) == (first.text, first.memory) and other.text != first.text
+  said = capsys.readouterr().err
+  assert said.count('compiled eval step') == 2 and said.count('compiled before') == 1
 
 
 def test_a_picture_has_a_lane_for_each_resource_and_nothing_past_its_edge():

@@ -3,8 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +24,7 @@ from maxlm.ops.exchange import buffer_rows
 from maxlm.plan.memory import Memory, does_not_fit, memory_of
 from maxlm.plan.topology import Topology
 from maxlm.sharding import axis_size, make_mesh, spec
-from maxlm.start import say
+from maxlm.start import say, write_atomically
 from maxlm.step import TrainState, eval_step, init_state, train_step
 
 IMBALANCE = 1.2  # tokens of the fullest device's experts over the mean, that a balanced router is assumed to leave
@@ -113,13 +118,34 @@ def _compile(name: str, step: Callable, args: tuple, config: Experiment, topolog
   lowered = traced.lower()
   traced_at = time.time()
   say(f'traced   {name}, {traced_at - started:.1f} s; compiling for {topology.name} …')
-  with _one_line(name, config, topology, traced.jaxpr):
-    compiled = lowered.compile(compiler_options=options(topology.chip.device_kind))
+  kept = _kept(lowered, topology)
+  if kept is not None and kept.exists():
+    say(f'read     {name}, compiled before, from {kept}')
+    text, memory = json.loads(kept.read_text())
+    memory = Memory(**memory)
+  else:
+    with _one_line(name, config, topology, traced.jaxpr), warnings.catch_warnings():
+      warnings.filterwarnings('ignore', message='Error reading persistent compilation cache')  # as below
+      compiled = lowered.compile(compiler_options=options(topology.chip.device_kind))
+    text, memory = compiled.as_text(), memory_of(compiled)
+    if kept is not None:
+      kept.parent.mkdir(parents=True, exist_ok=True)
+      write_atomically(kept, json.dumps([text, dataclasses.asdict(memory)]))
+    say(f'compiled {name}, {time.time() - traced_at:.1f} s')
   seconds = time.time() - traced_at
-  say(f'compiled {name}, {seconds:.1f} s')
   tokens = args[1]['tokens'].size
-  return Program(name=name, text=compiled.as_text(), memory=memory_of(compiled), jaxpr=traced.jaxpr, tokens=tokens,
+  return Program(name=name, text=text, memory=memory, jaxpr=traced.jaxpr, tokens=tokens,
                  seconds=(traced_at - started, seconds), filled=filled_rows(config))
+
+
+def _kept(lowered, topology: Topology) -> Path | None:
+  """Where a compiled program is kept for the next time, if JAX was told a place: its own cache cannot read back what was
+  compiled without a device."""
+  if not jax.config.jax_compilation_cache_dir:
+    return None
+  versions = [importlib.metadata.version(name) for name in ('jaxlib', 'libtpu')]
+  key = json.dumps([lowered.as_text(), topology.name, options(topology.chip.device_kind), versions])
+  return Path(jax.config.jax_compilation_cache_dir) / f'maxlm-plan-{hashlib.sha256(key.encode()).hexdigest()}.json'
 
 
 @contextlib.contextmanager
