@@ -66,7 +66,7 @@ def long_context(window: int) -> Experiment:
   stretched = RopeSpec(theta=500_000.0, scaling=YarnScaling(factor=16.0, original_length=8192))
   return dataclasses.replace(
     pretraining(),
-    name='olmo3_7b',
+    name=f'olmo3_7b_long_window{window}',
     model=model(window=window, full_rope=stretched),
     mesh=MeshConfig(context=16),
     data=DataConfig(corpus='corpora/olmo3_7b_long', seq_len=131_072, batch_size=32),
