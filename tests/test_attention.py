@@ -283,7 +283,7 @@ def test_query_chunks_cover_the_sequence_once_and_are_few(seq_len):
 @pytest.mark.parametrize('window', [None, 1, 128, 1000])
 @pytest.mark.parametrize('device', ['cpu', 'TPU v5', 'TPU v6 lite'])
 def test_splash_tiles_divide_the_sequence(device, seq_len, window):
-  tiles = splash.fitted(tiles_for(device, 128, window, seq_len), seq_len, seq_len)
+  tiles = splash.fitted(tiles_for(device, 256, window, seq_len), seq_len, seq_len)
   for size in (size for pair in tiles[:3] for size in pair):
     assert seq_len % size == 0 and size % 128 == 0
   blocks = splash.block_sizes(tiles)
@@ -292,10 +292,10 @@ def test_splash_tiles_divide_the_sequence(device, seq_len, window):
 
 
 def test_tiles_are_those_of_the_first_row_of_the_table_that_fits():
-  for kind, head_dim, tiles in TABLE:
-    assert tiles_for(kind + ' of some kind', head_dim, None, 1 << 20) == tiles
-  assert tiles_for('TPU v6 lite', 129, None, 1 << 20) != tiles_for('TPU v6 lite', 128, None, 1 << 20)
-  assert tiles_for('cpu', 128, None, 8192) == SMALL
+  for kind, head_bytes, tiles in TABLE:
+    assert tiles_for(kind, head_bytes, None, 1 << 20) == tiles
+  assert tiles_for('TPU v6 lite', 257, None, 1 << 20) != tiles_for('TPU v6 lite', 256, None, 1 << 20)
+  assert tiles_for('TPU v6 lite', 513, None, 1 << 20) == tiles_for('cpu', 256, None, 1 << 20) == SMALL
 
 
 @pytest.mark.parametrize('kernel, platform, change, message', [

@@ -26,7 +26,7 @@ def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   X = axis_size('T') if offset is None else 1  # devices whose queries differ in what they see
   chunk = T // 2 if offset is None else T
-  tiles = fitted(tiles_for(_device_kind(), q_BTNH.shape[-1], window, S), chunk, S if offset is None else S - offset)
+  tiles = fitted(tiles_for(_device_kind(), q_BTNH.shape[-1] * q_BTNH.dtype.itemsize, window, S), chunk, S if offset is None else S - offset)
   if offset:  # so that tiles divide the keys: some before the first, which nobody sees
     pad = -offset % math.lcm(*(keys for _, keys in tiles[:3]))
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (pad, 0), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))

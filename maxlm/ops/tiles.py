@@ -29,26 +29,26 @@ SMALL = Tiles(forward=(512, 1024), dkv=(512, 1024), dq=(512, 512), compute=512)
 SQUARE = Tiles(forward=(1024, 1024), dkv=(1024, 1024), dq=(1024, 512), compute=512)
 LONG = Tiles(forward=(1024, 2048), dkv=(1024, 2048), dq=(1024, 1024), compute=512)
 
-# (what the device's kind begins with, head dim at most, tiles): the first that fits, else SMALL
+# (what the device's kind begins with, bytes of a head's vector at most, tiles): the first that fits, else SMALL
 TABLE = (
-  ('TPU v4', 256, SQUARE),
-  ('TPU v5 lite', 256, SQUARE),
-  ('TPU v5', 256, SQUARE),
-  ('TPU v6', 128, LONG),
-  ('TPU v6', 256, SQUARE),
-  ('TPU7x', 128, LONG),
-  ('TPU7x', 256, SQUARE),
+  ('TPU v4', 512, SQUARE),
+  ('TPU v5 lite', 512, SQUARE),
+  ('TPU v5', 512, SQUARE),
+  ('TPU v6', 256, LONG),
+  ('TPU v6', 512, SQUARE),
+  ('TPU7x', 256, LONG),
+  ('TPU7x', 512, SQUARE),
 )
 SHORTEST = 512  # a step has its price
 
 
-def tiles_for(device_kind: str, head_dim: int, window: int | None, n_keys: int) -> Tiles:
+def tiles_for(device_kind: str, head_bytes: int, window: int | None, n_keys: int) -> Tiles:
   """The tiles for a device and a layer; they are yet to be shrunk to divide its queries and keys.
 
   Of keys no more than the window, and without one no longer than an eighth of all keys: most of a tile would be masked, or as
   much as is not along the diagonal.
   """
-  tiles = next((tiles for kind, dim, tiles in TABLE if device_kind.startswith(kind) and head_dim <= dim), SMALL)
+  tiles = next((tiles for kind, most, tiles in TABLE if device_kind.startswith(kind) and head_bytes <= most), SMALL)
   most_k = max(SHORTEST, n_keys // 8 if window is None else window)
   most_q = max(SHORTEST, n_keys // 8) if window is None else max(q for q, _ in tiles[:3])
   return Tiles(*((min(q, most_q), min(k, most_k)) for q, k in tiles[:3]), compute=tiles.compute)
