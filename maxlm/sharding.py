@@ -30,6 +30,7 @@ MESH_AXES = ('data', *FSDP, 'expert', 'context', 'tensor')
 RULES = {
   'B': ('data', 'fsdp', 'expert'),  # rows of the batch
   'T': ('context',),  # time of queries
+  'U': ('context', 'tensor'),  # time between sublayers
   'S': ('context',),  # time of keys
   'E': ('expert',),  # experts
   'N': ('tensor',),  # query heads

@@ -33,6 +33,7 @@ from maxlm.ops import grouped_matmul
 from maxlm.ops.attention import cudnn_cannot
 from maxlm.ops.embedding import look_up
 from maxlm.ops.exchange import Dispatch
+from maxlm.sharding import axis_size
 from maxlm.sharding import spec as shard
 
 Mixer = AttentionSpec | MlaSpec | Mamba2Spec | DeltaSpec | LightningSpec | ParallelSpec
@@ -168,14 +169,24 @@ class Layer(nnx.Module):
 
 
 def residual(x_BTD, sublayer, spec: LayerSpec, scales, norm: NormSpec, pre_norm: Norm | None, post_norm: Norm | None):
-  """The stream after a sublayer was added to it, and what else the sublayer returns beside its output."""
+  """The stream after a sublayer was added to it, and what else the sublayer returns beside its output. The stream may be
+  split over more devices than the sublayer (`stream_dims`)."""
+  split = jax.typeof(x_BTD).sharding.spec
   h_BTD = x_BTD if pre_norm is None else pre_norm(norm, x_BTD)
-  y_BTD, extra = sublayer(h_BTD)
+  y_BTD, extra = sublayer(jax.reshard(h_BTD, shard('BTD')))
+  y_BTD = jax.reshard(y_BTD, split)
   if post_norm is not None:
     y_BTD = post_norm(norm, y_BTD)
   stream_BTD = h_BTD if spec.norm == 'carried' else x_BTD
   x_BTD = stream_BTD + y_BTD if scales == (1.0, 1.0) else stream_BTD * scales[0] + y_BTD * scales[1]
   return x_BTD, extra
+
+
+def stream_dims(length: int) -> str:
+  """Dims of the residual stream [B, T, D]. Devices that share a layer's heads and hidden width each have all tokens in it;
+  between sublayers they share the tokens, so that norms are computed, and the stream is kept, once (Korthikanti et al. 2022,
+  arXiv 2205.05198, section 4.2.2): what was a sum over these devices becomes a scatter, and a gather before the next."""
+  return 'BUD' if axis_size('N') > 1 and length % axis_size('U') == 0 else 'BTD'
 
 
 class Decoder(nnx.Module):
@@ -203,7 +214,7 @@ class Decoder(nnx.Module):
     """(final hidden states [B, T, D] of packed rows, normalised, ready for the head; what the routers did, stacked along L,
     one for each of `expert_layers`). `compute` is resolved."""
     rows = rows_for(config, compute, segment_ids_BT, positions_BT)
-    x_BTD = self.embed(config, compute, tokens_BT, positions_BT)
+    x_BTD = jax.reshard(self.embed(config, compute, tokens_BT, positions_BT), shard(stream_dims(tokens_BT.shape[1])))
     stack_of, taken = stack_of_layer(config), [0] * len(self.stacks)
     kinds = expert_layers(config)
     stats_of = [[] for _ in kinds]
@@ -227,7 +238,8 @@ class Decoder(nnx.Module):
         of_kind += [jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), of_run)] if of_run else []
       for s, n in n_of.items():
         taken[s] += n * run.repeats
-    return self._finish(config, x_BTD), [jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for parts in stats_of]
+    x_BTD = jax.reshard(self._finish(config, x_BTD), shard('BTD'))
+    return x_BTD, [jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for parts in stats_of]
 
   def extend(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT, caches: list,
              past: Past) -> tuple[jax.Array, list]:

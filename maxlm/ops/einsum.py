@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.sharding import axes, spec
+from maxlm.sharding import axes, axis_size, spec
 
 
 class Adapted(NamedTuple):
@@ -52,7 +52,8 @@ def _backward(dims, residuals, dy):
   (x, w), (x_dims, w_dims, out_dims) = residuals, _split(dims)
   dy = jax.lax.optimization_barrier(dy)
   dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', dy, _gathered(w_dims, w, dy.dtype), out_sharding=spec(x_dims))
-  dx = jax.lax.optimization_barrier(dx)
+  if axis_size(''.join(dim for dim in out_dims if dim not in x_dims)) == 1:
+    dx = jax.lax.optimization_barrier(dx)  # a sum over devices becomes a scatter with the slice that follows, if it may
   if x is None:
     return dx, None
   summed = axes(''.join(dim for dim in dict.fromkeys(x_dims + out_dims) if dim not in w_dims))
