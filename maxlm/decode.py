@@ -52,6 +52,8 @@ class Generator:
                        'documents')
     if max_tokens < 1:
       raise ValueError(f'generate: max_tokens={max_tokens} must be at least 1')
+    if axis_size('T') > 1:
+      raise ValueError('generate: tokens come one at a time, and this mesh splits rows: use mesh.with_whole_rows')
     longest = max(len(prompt) for prompt in prompts)
     if self.max_positions is not None and longest + max_tokens > self.max_positions:
       raise ValueError(f'generate: {longest} tokens and {max_tokens} new ones are more than the {self.max_positions} '
