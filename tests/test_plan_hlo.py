@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.plan import buffers, hlo, work
 from maxlm.plan.groups import permute_pairs, replica_groups
-from maxlm.plan.hardware import CHIPS, HOP
+from maxlm.plan.hardware import CHIPS, DCN_HOP, HOP
 from maxlm.plan.kernels import EFFICIENCY, kernel
 from maxlm.plan.loops import trip_count
 from maxlm.plan.network import Network
@@ -330,6 +330,25 @@ def test_several_slices_talk_over_the_data_centre_network():
   route = net.gather('all-reduce', (0, 4), 1 << 30, None)
   assert route.axes == 'data' and route.wires == ('dcn',)
   assert route.seconds == pytest.approx((1 << 30) / CHIPS['v5p'].dcn_rate, rel=1e-3)  # 2 x half of it
+
+
+def test_what_crosses_slices_is_under_way_from_its_send_to_its_recv_done():
+  """As the compiler writes it for two slices: the runtime carries the data, the program sends and receives."""
+  notes = ('is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="r_0",'
+           '_xla_megascale_transfer_type="ALL_REDUCE"}')
+  lines = ['  %tok = token[] after-all()',
+           f'  %s = (bf16[64,1048576]{{1,0}}, u32[], token[]) send(%g, %tok), channel_id=1, {notes}',
+           f'  %r = (bf16[64,1048576]{{1,0}}, u32[], token[]) recv(%tok), channel_id=2, {notes}',
+           compute('c', 1.0), '  %sd = token[] send-done(%s), channel_id=1, is_host_transfer=true',
+           '  %rd = (bf16[64,1048576]{1,0}, token[]) recv-done(%r), channel_id=2, is_host_transfer=true',
+           '  ROOT %d = f32[] negate(%c)']
+  topology = parse('v5p:2x2x1', 2)
+  places = np.array([[x, y, 0, 0, s] for s in (0, 1) for x in (0, 1) for y in (0, 1)])
+  span = walk(hlo.parse(schedule('\n'.join(lines))), Network(topology, {'data': 2, 'fsdp_x': 4}, places))
+  (key, traffic), = span.traffic.items()
+  assert key == ('data', 'all-reduce') and traffic.received == 64 * 1048576 * 2
+  assert traffic.seconds == pytest.approx(traffic.received / CHIPS['v5p'].dcn_rate + DCN_HOP)
+  assert traffic.exposed == pytest.approx(traffic.seconds - 1e-3, rel=1e-6) and not span.notes
 
 
 def test_traffic_adds_up():

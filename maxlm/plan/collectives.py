@@ -38,6 +38,23 @@ def collective_of(module: Module, instruction: Instruction, network: Network) ->
   return None
 
 
+def crossing_of(send: Instruction, network: Network) -> Collective | None:
+  """The part of a collective that goes from slice to slice: the runtime carries what one device hands it to its peers."""
+  notes = send.attributes.get('frontend_attributes', '')
+  found = re.search(r'_xla_megascale_transfer_type="(\w+)"', notes)
+  if found is None:
+    return None
+  kind = found[1].lower().replace('_', '-')
+  n_bytes = send.shape[0].bytes
+  return Collective(kind, n_bytes, network.between_slices(kind, n_bytes), send.op_name)
+
+
+def rendezvous(instruction: Instruction) -> str:
+  """What the `send` and the `recv` of one transfer have in common."""
+  found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.attributes.get('frontend_attributes', ''))
+  return found[1] if found else ''
+
+
 def is_collective_fusion(module: Module, fusion: Instruction) -> bool:
   """Whether a fusion starts or is a collective, rather than going on with one or finishing it beside other work."""
   if fusion.attributes.get('kind') != 'kCustom':

@@ -77,6 +77,15 @@ class Network:
     wires = tuple(f'{DIMS[dim]}{sign}' for dim, *_ in rings for sign in '+-') + (('dcn',) if slices > 1 else ())
     return Route(self.axes(group), size, wires, seconds, moved)
 
+  def between_slices(self, kind: str, n_bytes: int) -> Route:
+    """What every device does with its peers in the other slices, with n_bytes of its own."""
+    slices = len(set(self.places[:, 4]))
+    moved = n_bytes * (slices - 1) / slices * (2 if kind == 'all-reduce' else 1)
+    coordinates, of_slice = self.coordinates, self.places[:, 4]
+    crossing = [name for i, name in enumerate(self.mesh)  # axes along which a step changes the slice
+                if len(set(of_slice[(np.delete(coordinates, i, 1) == np.delete(coordinates[0], i)).all(axis=1)])) > 1]
+    return Route('+'.join(crossing) or 'none', slices, ('dcn',), moved / self.chip.dcn_rate + DCN_HOP, moved)
+
   def _rings(self, group: tuple[int, ...]) -> list[tuple[int, int, float, bool]]:
     """(dimension, members along it, bytes a second into a device, closed) of each dimension in which a group extends."""
     rings = []

@@ -146,7 +146,7 @@ class _Walk:
   """One pass over one computation."""
 
   def __init__(self, module: Module, network: Network, filled: float, computation: Computation):
-    self.filled = filled
+    self.filled, self.crossings = filled, {}
     self.module, self.network, self.chip, self.computation = module, network, network.chip, computation
     self.now, self.air, self.carries, self.prepared, self.span = 0.0, Air(), {}, {}, Span()
 
@@ -165,6 +165,8 @@ class _Walk:
     if i.opcode in ('call', 'conditional'):
       spans = [walk(self.module, self.network, self.filled, called) for called in self.module.called(i)]
       return self._inline(i, max(spans, key=lambda span: span.seconds), 1)
+    if i.opcode in ('send', 'recv', 'send-done', 'recv-done'):
+      return self._cross(i)
     if i.opcode.endswith('-done') or collectives.is_done_fusion(self.module, i):
       return self._finish(i)
     if i.opcode.endswith(('-update', '-start')) or collectives.is_start_fusion(self.module, i):
@@ -249,6 +251,16 @@ class _Walk:
       lane, rate = 'sparse core', self.chip.hbm_rate * SPARSE_CORE_SHARE
     self.span.hbm_bytes += n_bytes
     self.carries[i.name] = self._launch(Flight(i.name, part_of(i.op_name), self.now, n_bytes / rate, (lane,), None))
+
+  def _cross(self, i: Instruction) -> None:
+    """Transfers between slices: under way from their `send` on, needed at their `recv-done`."""
+    collective = collectives.crossing_of(i, self.network) if i.opcode == 'send' else None
+    if collective is not None:
+      self.crossings[collectives.rendezvous(i)] = self._fly(i, collective)
+    elif i.opcode == 'recv-done':
+      received = collectives.rendezvous(self.computation.instructions[i.operands[0]])
+      if received in self.crossings:
+        self._land(self.crossings[received])
 
   def _fly(self, i: Instruction, collective: Collective, steps: bool = False) -> Flight:
     route = collective.route
