@@ -1,9 +1,11 @@
-"""A small mixture of experts on real documentation, on a plain CPU machine: 2 of 16 experts, 1.6M of 5.7M parameters active.
+"""A small mixture of experts on real documentation, on a plain CPU machine: 2 of 16 experts, 1.3M of 5.4M parameters active.
 
     python -m maxlm.train --config=configs/moe_tiny.py          # a softmax router, balanced by a loss
     python -m maxlm.train --config=configs/moe_tiny.py:bias     # DeepSeek's: sigmoid, a shared expert, balanced by a bias
 
-(results)
+Verified on 2026-11-22, 2 cores: held-out loss 5.29 and 5.19 nats after 440 steps; in the last 20 no expert is dead, and the
+fullest has 1.4 to 1.7 times the mean load (with the bias up to 2.5). With --config.loss.balance=0 half of the experts of
+layers 1 to 3 are dead after 140 steps, and the fullest has 7 times the mean (docs/LOG.md).
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ Weights: w_router_DE, b_router_E, select_bias_E; of the experts w_up_EDF, w_gate
 b_down_ED; shared.<an Mlp's>, w_shared_gate_D; w_latent_in_DR, w_latent_out_RD. Of these, the ones that the spec asks for.
 """
 
+import collections
 import dataclasses
 import functools
 from typing import Literal
@@ -145,7 +146,7 @@ class Moe(nnx.Module):
         stats = router_stats(logits_CE, scores_CE, chosen_CJ, jnp.sum(kept_CJ != chosen_CJ, axis=1), segment_ids_BT > 0)
       with jax.named_scope('experts'):
         others = tuple(axis for axis in axes('BT') if axis not in axes('E'))
-        experts = {name: _whole(name, others, u_CD.dtype, w) for name, w in experts.items()}
+        experts = {name: _whole(name, others, u_CD.dtype, w) for name, w in _joined(experts).items()}
         if 'b_down_ED' in experts:
           experts['b_down_ED'] = jnp.where(jax.lax.axis_index(axes('F')) == 0, experts['b_down_ED'], 0)
       u_CD, weights_CJ = jax.lax.pcast((u_CD, weights_CJ), axes('F'), to='varying')  # here, where they are C rows and not P
@@ -193,7 +194,7 @@ def _within_capacity(spec, dispatch, experts_CJ):
 def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, rows=None) -> jax.Array:
   """The weighted sum [C, D] of the outputs of each token's experts, those of w: rows of pairs, sorted by expert."""
   with jax.named_scope('dispatch'):
-    order = ops.sort_pairs(experts_CJ, w['w_up_EDF'].shape[0], experts_CJ.size if rows is None else rows)
+    order = ops.sort_pairs(experts_CJ, w['w_in_EDF'].shape[0], experts_CJ.size if rows is None else rows)
     x_RD = ops.to_rows(x_CD, order)
   y_RD = sorted_mlp(spec, w, x_RD, order.sizes_E, kernel)
   with jax.named_scope('combine'):
@@ -203,7 +204,7 @@ def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, exp
 def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same where the experts are on several devices: each gets the tokens of all, and the sum of what all make of them is
   scattered to where they came from."""
-  experts, devices = w['w_up_EDF'].shape[0], axis_size('E')
+  experts, devices = w['w_in_EDF'].shape[0], axis_size('E')
   with jax.named_scope('dispatch'):
     x_CD, weights_CJ, experts_CJ = (jax.lax.all_gather(a, axes('E'), tiled=True) for a in (x_CD, weights_CJ, experts_CJ))
     mine_CJ = experts_CJ - experts * jax.lax.axis_index(axes('E'))
@@ -216,7 +217,7 @@ def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, e
 
 def sent_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same by all-to-all: each pair's row goes to the device of its expert, and its output comes back."""
-  (experts, *_), devices = w['w_up_EDF'].shape, axis_size('E')
+  (experts, *_), devices = w['w_in_EDF'].shape, axis_size('E')
   with jax.named_scope('dispatch'):
     order = ops.sort_pairs(experts_CJ, experts * devices, experts_CJ.size)
     slices = ops.slices_of(order.sizes_E)
@@ -247,7 +248,7 @@ def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, sizes_E, kernel) ->
 
 def every_expert(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ) -> jax.Array:
   """What they are to equal, as it is defined: every expert on every token, times a weight that is mostly zero."""
-  E = w['w_up_EDF'].shape[0]
+  E = w['w_in_EDF'].shape[0]
 
   def project(x_ECD, w_EDF, b_EF):
     y_ECF = jnp.einsum('ECD,EDF->ECF', x_ECD, w_EDF)
@@ -259,9 +260,28 @@ def every_expert(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, exper
 
 
 def _mlp(spec, w, project, x):
-  up = project(x, w['w_up_EDF'], w.get('b_up_EF'))
-  gate = project(x, w['w_gate_EDF'], w.get('b_gate_EF')) if spec.gated else None
+  in_F = project(x, w['w_in_EDF'], w.get('b_in_EF'))
+  up, gate = _halves(in_F) if spec.gated else (in_F, None)
   return project(hidden(spec, up, gate), w['w_down_EFD'], w.get('b_down_ED'))
+
+
+@jax.custom_vjp
+def _halves(x_F):
+  """Up and gate. Their gradients are put beside each other, where JAX would fill both up with zeros and add them."""
+  return tuple(jnp.split(x_F, 2, axis=-1))
+
+
+_halves.defvjp(lambda x_F: (_halves(x_F), None), lambda _, dy: (jnp.concatenate(dy, axis=-1),))
+
+
+def _joined(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Up and gate beside each other, as w_in_EDF and b_in_EF: one gather and one product, and no sum of two gradients of x."""
+  into = {'w_up_EDF': 'w_in_EDF', 'w_gate_EDF': 'w_in_EDF', 'b_up_EF': 'b_in_EF', 'b_gate_EF': 'b_in_EF'}
+  parts = collections.defaultdict(list)
+  for name in EXPERTS:
+    if name in w:
+      parts[into.get(name, name)].append(w[name])
+  return {name: jnp.concatenate(ws, axis=-1) if len(ws) > 1 else ws[0] for name, ws in parts.items()}
 
 
 def _dims(name: str) -> str:
