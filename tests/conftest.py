@@ -18,10 +18,16 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 # other has half written.
 os.environ['JAX_COMPILATION_CACHE_MAX_SIZE'] = str(4 << 30)
 
+# Tests compile much and run little: without optimisation both take half the time. Not so the commands that tests start.
+flags = os.environ.get('XLA_FLAGS')
+os.environ['XLA_FLAGS'] = f'{flags or ""} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+
 import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
+jax.devices()  # reads the flags
+os.environ.pop('XLA_FLAGS') if flags is None else os.environ.update(XLA_FLAGS=flags)
 
 from maxlm.sharding import MeshConfig, make_mesh
 
