@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -207,5 +208,5 @@ def page(config: Experiment, topology: Topology, found: list[dict[str, Any]]) ->
   lines = [f'{config.name} on {topology.name}: {len(found)} candidates compiled', *report.table(rows, (62, 7, 11, 8, 12))]
   lines += [line for f in found if 'refused' in f for line in report.wrapped('refused', [f'{f["name"]}: {f["refused"]}'])]
   if best := next((f for f in found if 'refused' not in f), None):
-    lines += ['', 'the first of them:', f'  {best["flags"]}']
+    lines += ['', 'the first of them:', ' \\\n'.join(f'  {line}' for line in textwrap.wrap(best['flags'], report.WIDTH - 4))]
   return '\n'.join([*lines, '', report.FOOTNOTE])
