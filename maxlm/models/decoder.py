@@ -10,6 +10,7 @@ B batch  T query time  S key time  D width  V vocabulary  L layers  M cache leng
 
 import collections
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -226,9 +227,10 @@ class Decoder(nnx.Module):
       def period(x_BTD, stacks, members=members, n_of=n_of, scanned=scanned):
         """One period of the run; `stacks` holds its weights and no others."""
         weights, said = {s: iter(unstack(stack, n_of[s])) for s, stack in stacks.items()}, {}
+        apply = functools.cache(lambda kind: remat(  # one for all layers of a kind: then JAX traces it once
+          lambda layer, x_BTD: layer(config.pattern[kind], x_BTD, rows), compute.remat, scanned))
         for i in members:
-          apply = remat(lambda layer, x_BTD, spec=config.layers[i]: layer(spec, x_BTD, rows), compute.remat, scanned)
-          x_BTD, said[i] = apply(next(weights[stack_of[i]]), x_BTD)
+          x_BTD, said[i] = apply(config.pattern.index(config.layers[i]))(next(weights[stack_of[i]]), x_BTD)
         return x_BTD, [stacked([said[i] for i in members if i in layers]) for _, layers in kinds]
 
       stacks = {s: jax.tree.map(lambda w, first=taken[s], n=n: w[first:first + n * run.repeats].reshape(
