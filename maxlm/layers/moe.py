@@ -261,17 +261,8 @@ def every_expert(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, exper
 
 def _mlp(spec, w, project, x):
   in_F = project(x, w['w_in_EDF'], w.get('b_in_EF'))
-  up, gate = _halves(in_F) if spec.gated else (in_F, None)
+  up, gate = jnp.split(in_F, 2, axis=-1) if spec.gated else (in_F, None)
   return project(hidden(spec, up, gate), w['w_down_EFD'], w.get('b_down_ED'))
-
-
-@jax.custom_vjp
-def _halves(x_F):
-  """Up and gate. Their gradients are put beside each other, where JAX would fill both up with zeros and add them."""
-  return tuple(jnp.split(x_F, 2, axis=-1))
-
-
-_halves.defvjp(lambda x_F: (_halves(x_F), None), lambda _, dy: (jnp.concatenate(dy, axis=-1),))
 
 
 def _joined(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
