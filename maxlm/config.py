@@ -67,8 +67,9 @@ class Experiment:
 
   @property
   def pod_devices(self) -> int:
-    """Devices of the pod the run is meant for; one for 'any machine'."""
-    return math.prod(int(n) for n in self.pod.split(':')[1].split('x')) if self.pod else 1
+    """Devices of the pod the run is meant for; one for 'any machine'. A chip of tpu7x shows as two."""
+    generation, _, extents = self.pod.partition(':')
+    return math.prod(int(n) for n in extents.split('x')) * (2 if generation == 'tpu7x' else 1) if self.pod else 1
 
   def is_evaluated(self, step: int) -> bool:
     """Whether held-out rows are scored after that step; before the first, what a run starts from is."""

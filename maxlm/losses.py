@@ -55,8 +55,9 @@ def next_token_loss(params: Decoder, model: DecoderConfig, compute: ComputeConfi
   batch = {name: to_zigzag(batch[name]) for name in ('tokens', 'targets', 'segment_ids', 'positions', 'loss_mask')}
   x_BTD, stats = params.hidden(model, compute, batch['tokens'], batch['segment_ids'], batch['positions'])
   weights_BT = batch['loss_mask'].astype(jnp.float32)
-  loss_sum, nll_BT = cross_entropy(x_BTD, params.head_DV(), batch['targets'], weights_BT,
-                                   softcap=model.logits_softcap, z_loss=loss.z_loss)
+  with jax.named_scope('head'):
+    loss_sum, nll_BT = cross_entropy(x_BTD, params.head_DV(), batch['targets'], weights_BT,
+                                     softcap=model.logits_softcap, z_loss=loss.z_loss)
   routers = [router_sums(spec, loss, s, batch['segment_ids'] > 0) for (spec, _), s in zip(expert_layers(model), stats)]
   return loss_sum, to_natural(nll_BT * weights_BT), routers
 

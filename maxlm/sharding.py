@@ -141,8 +141,8 @@ def spec(dims: str, *, gathered: bool = False) -> P:
 
 def axes(dims: str) -> tuple[str, ...]:
   """Mesh axes over which these letters are split, for collectives: `jax.lax.psum(x, axes('V'))`."""
-  return tuple(mesh_axis for dim in dims for axis in RULES.get(dim, ())
-               for mesh_axis in (FSDP if axis == 'fsdp' else (axis,)))
+  return tuple(dict.fromkeys(mesh_axis for dim in dims for axis in RULES.get(dim, ())
+                             for mesh_axis in (FSDP if axis == 'fsdp' else (axis,))))
 
 
 def axis_size(dims: str) -> int:

@@ -67,8 +67,9 @@ def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[Trai
   lr = learning_rate(config.optim, (state.step + 1).astype(jnp.float32) * config.tokens_per_step, config.total_tokens)
   rows = first_rows(config.optim, config.model, state.params)
   trained = take(state.params, rows)
-  updates, opt = optimizer(config.optim).update(grads, state.opt, trained)
-  params = put(state.params, rows, jax.tree.map(lambda w, u: w - lr * u, trained, updates))
+  with jax.named_scope('optimizer'):
+    updates, opt = optimizer(config.optim).update(grads, state.opt, trained)
+    params = put(state.params, rows, jax.tree.map(lambda w, u: w - lr * u, trained, updates))
   params = balanced(config, params, sums['routers'])
   metrics = {
     'loss': jnp.sum(sums['nll_by_source']) / n_tokens,

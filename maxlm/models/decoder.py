@@ -257,11 +257,12 @@ class Decoder(nnx.Module):
 
   def embed(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, positions_BT) -> jax.Array:
     """Embeddings [B, T, D] in the compute dtype."""
-    x_BTD = look_up(self.embed_VD[...], tokens_BT, compute.dtype)
-    if config.embed_scale != 1.0:
-      x_BTD *= config.embed_scale
-    if config.max_positions is not None:
-      x_BTD += look_up(self.positions_PD[...], positions_BT, compute.dtype, 'PD')
+    with jax.named_scope('embed'):
+      x_BTD = look_up(self.embed_VD[...], tokens_BT, compute.dtype)
+      if config.embed_scale != 1.0:
+        x_BTD *= config.embed_scale
+      if config.max_positions is not None:
+        x_BTD += look_up(self.positions_PD[...], positions_BT, compute.dtype, 'PD')
     return x_BTD
 
   def _finish(self, config, x_BTD):
