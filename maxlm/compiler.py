@@ -18,9 +18,9 @@ SPARSE_CORE_COLLECTIVES = {
   'xla_sc_disable_megacore_partitioning': 'true',
 }
 
-# The weights of the next layer of a scan are gathered while this one computes. It costs one layer's weights of memory, and the
-# compiler then fills what layers save with zeros first: 5 % of a step of Llama 3 8B on v5p with 16,384 tokens a chip. Where
-# gathers run on the SparseCores, nearly all of them are hidden within a layer without it.
+# The weights of the next layer of a scan are gathered while this one computes. It costs one layer's weights of memory, and
+# the compiler then fills what layers save with zeros first: 5 % of a step of Llama 3 8B on v5p with 16,384 tokens a chip.
+# Where gathers run on the SparseCores, nearly all of them are hidden within a layer without it.
 PREFETCH = {
   'xla_tpu_enable_ici_ag_pipelining': 'true',
   'xla_should_allow_loop_variant_parameter_in_chain': 'true',
@@ -28,7 +28,7 @@ PREFETCH = {
 }
 
 # VMEM that one fusion or kernel may use, of the 64 MiB of v5p and the 128 of v6e (default: 16). With it the compiler finds
-# tiles for a product of 16,384 tokens that take 98 % of the matrix unit's cycles, by its own count, where it found 75 to 93 %.
+# tiles for products of 16,384 tokens that use 98 % of the matrix unit, by its own count, where it found 75 to 93 %.
 OPTIONS = {
   'TPU v4': PREFETCH,
   'TPU v5 lite': PREFETCH,

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
 # The mesh has an fsdp axis for each dimension of a pod's torus where the compiler makes a reduce-scatter of a sum over one
-# dimension after another, but an all-reduce, or one long ring, of a sum over all of them at once. On other machines the first
-# axis has all: v6e and TPU7x reduce and scatter over all links of a torus in one go (with the options of `maxlm.compiler`).
+# dimension after another, but an all-reduce, or one long ring, of a sum over all of them at once. On other machines the
+# first axis has all: v6e and TPU7x reduce and scatter over all links of a torus at once (with `maxlm.compiler`'s options).
 ONE_DIMENSION_AT_A_TIME = ('TPU v4', 'TPU v5')
 FSDP = ('fsdp_x', 'fsdp_y', 'fsdp_z')
 MESH_AXES = ('data', *FSDP, 'expert', 'context', 'tensor')

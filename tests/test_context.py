@@ -113,7 +113,8 @@ def attend(X, q, k, v, segments, sinks, **options):
 
   (_, out), (dq, dk, dv, dsinks) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 4), has_aux=True))(
     *(place(x[:, to], dims) for x, dims in ((q, 'BTNH'), (k, 'BSKH'), (v, 'BSKH'), (segments, 'BT'))), place(sinks, 'N'))
-  return {name: np.asarray(x)[:, back] for name, x in dict(out=out, q=dq, k=dk, v=dv).items()} | {'sinks': np.asarray(dsinks)}
+  natural = {name: np.asarray(x)[:, back] for name, x in dict(out=out, q=dq, k=dk, v=dv).items()}
+  return natural | {'sinks': np.asarray(dsinks)}
 
 
 @pytest.mark.parametrize('window', [None, 1, 5, 20])

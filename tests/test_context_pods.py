@@ -1,5 +1,5 @@
-"""One attention layer of OLMo 3 7B's shape at 131,072 tokens over 16 devices, compiled for v5p:4x4x4: what travels, how often
-its kernels run. Ahead of time: a CPU and libtpu are enough."""
+"""One attention layer of OLMo 3 7B's shape at 131,072 tokens over 16 devices, compiled for v5p:4x4x4: what travels, how
+often its kernels run. Ahead of time: a CPU and libtpu are enough."""
 
 import functools
 import math
@@ -87,5 +87,5 @@ def test_a_full_layer_gathers_keys_and_values_and_runs_forward_once():
   text = compiled(None)
   sequence = T * HEADS * HEAD_DIM
   gathered = [scope for _, n, scope in outputs(text, 'all-gather') if n == sequence]
-  assert len(gathered) == 4 and all('/gather_kv/' in scope for scope in gathered)  # keys, values, and again for the backward pass
+  assert len(gathered) == 4 and all('/gather_kv/' in scope for scope in gathered)  # keys, values; and backward
   assert kernels(text) == ['dkv', 'dq', 'fwd']

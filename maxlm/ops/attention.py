@@ -8,8 +8,8 @@
 Token i sees token j iff j <= i, i - j < window, and both are of one segment. Scores and softmax are fp32. A learned
 logit a head may sit in the denominator of the softmax ("sinks": gpt-oss, arXiv:2508.10925).
 
-Rows may be split over devices, in zigzag order (`ops.context`). Then a layer with a window gets the window - 1 keys and values
-before each of a device's chunks from its neighbours, and one without, or with a window longer than that, those of the whole row.
+Rows may be split over devices, in zigzag order (`ops.context`). Then a layer with a window gets the window - 1 keys and
+values before each of a device's chunks from its neighbours, and one without, or with a longer window, those of the whole row.
 """
 
 import functools
@@ -107,7 +107,7 @@ def gathered_TBM(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def has_halo(window: int | None, chunk: int) -> bool:
-  """Whether a layer with this window sees no further than one chunk back, if rows are split into chunks of that many tokens."""
+  """Whether a layer with this window sees no further than one chunk back, where rows are split into such chunks."""
   return window is not None and window - 1 <= chunk
 
 
@@ -151,8 +151,8 @@ def attention_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
   return _heads_last(out_BKGTH).astype(q_BTNH.dtype)
 
 
-# A kernel meets q_BTNH with k_BSKH and v_BSKH on one device. offset: query t is token offset + t of those that the keys are of;
-# None: queries are in zigzag order and the keys are those of the whole row, in the order of the text.
+# A kernel meets q_BTNH with k_BSKH and v_BSKH on one device. offset: query t is token offset + t of those that the keys are
+# of; None: queries are in zigzag order and the keys are those of the whole row, in the order of the text.
 
 
 def _reference(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale):

@@ -17,13 +17,14 @@ from maxlm.sharding import axis_size, spec
 def over_rows(whole, of_parts, in_dims: tuple[str, ...], out_dims: tuple[str, str], *arrays):
   """(outputs, what the next tokens need of these): `whole(*arrays)` on each device's part of the batch and the heads.
 
-  The last array is what these tokens need of those before. Where the mesh splits rows (`ops.context`) it is for nothing, since
-  rows begin in them: outputs are of_parts(*arrays but the last), and what the next tokens would need is None.
+  The last array is what these tokens need of those before. Where the mesh splits rows (`ops.context`) it is for nothing,
+  since rows begin in them: outputs are of_parts(*arrays but the last), and what the next tokens would need is None.
   """
   if axis_size('T') > 1:
     *in_specs, out_spec = (spec(dims) for dims in (*in_dims[:-1], out_dims[0]))
     return jax.shard_map(of_parts, in_specs=tuple(in_specs), out_specs=out_spec)(*arrays[:-1]), None
-  in_specs, out_specs = (tuple(spec(dims.replace('T', 'M')) for dims in group) for group in (in_dims, out_dims))  # M: never split
+  # M is never split
+  in_specs, out_specs = (tuple(spec(dims.replace('T', 'M')) for dims in group) for group in (in_dims, out_dims))
   arrays = [array if array is None else jax.reshard(array, in_spec) for array, in_spec in zip(arrays, in_specs)]
   y, state = jax.shard_map(whole, in_specs=in_specs, out_specs=out_specs)(*arrays)
   return jax.reshard(y, spec(out_dims[0])), state

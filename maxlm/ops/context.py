@@ -96,7 +96,7 @@ def index(length: int) -> jax.Array:
 def states_before(step, summaries, shape: tuple[int, ...]) -> jax.Array:
   """fp32 [2B, *shape]: the state before each chunk, zeros before the first of the row.
 
-  summaries: a tree of [2B, …], what is to be known of a chunk; step(state before a chunk, its summary) is the state after it.
+  summaries: a tree of [2B, …], what is to be known of a chunk; step(state before a chunk, its summary): the state after it.
   Every device gets all summaries and goes through the row by itself: they are small, and nobody waits for a neighbour.
   """
   def of_row(x):

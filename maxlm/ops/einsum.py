@@ -24,7 +24,8 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
   """`jnp.einsum(dims, x, w)` of an activation with a master weight; the letters of `dims` give every sharding.
 
   The weight is cast to the activation's dtype and gathered over fsdp here, where it is used, and again for the backward
-  pass rather than kept. Its gradient is summed over devices in that dtype. A remat policy knows the result as 'product'. einsum('BTD,DF->BTF', x_BTD, w_DF).
+  pass rather than kept. Its gradient is summed over devices in that dtype. Remat policies know the result as 'product'.
+  einsum('BTD,DF->BTF', x_BTD, w_DF).
   """
   x_dims, w_dims, out_dims = _split(dims)
   if isinstance(w, Adapted):
@@ -35,7 +36,7 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(dims, x, w):
   """Barriers: a TPU's compiler would make what comes before a product, an activation say, while it loads the product's
-  tiles, which leaves the matrix unit half idle: by its own count 1.6 times the cycles, where a pass over HBM costs a tenth."""
+  tiles, and the matrix unit waits: 1.6 times the cycles by its own count, where a pass of its own costs a tenth."""
   _, w_dims, out_dims = _split(dims)
   x = jax.lax.optimization_barrier(x)
   return jnp.einsum(dims, x, _gathered(w_dims, w, x.dtype), out_sharding=spec(out_dims))

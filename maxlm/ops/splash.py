@@ -1,8 +1,8 @@
 """Attention on TPU: an adapter over JAX's own Pallas kernel, `jax.experimental.pallas.ops.tpu.splash_attention`.
 
-The kernel takes one example with heads first and wants the scale of the scores inside q. Tiles of queries and keys that do not
-see each other are skipped: tables, made here, say which to visit. Segments are masked, not skipped. Both residuals bear the
-name 'attn_out', so a remat policy that saves 'attn_out' and 'attn_lse' saves them here too.
+The kernel takes one example with heads first and wants the scale of the scores inside q. Tiles of queries and keys that do
+not see each other are skipped: tables, made here, say which to visit. Segments are masked, not skipped. Both residuals bear
+the name 'attn_out', so a remat policy that saves 'attn_out' and 'attn_lse' saves them here too.
 """
 
 import functools
@@ -26,7 +26,8 @@ def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   X = axis_size('T') if offset is None else 1  # devices whose queries differ in what they see
   chunk = T // 2 if offset is None else T
-  tiles = fitted(tiles_for(_device_kind(), q_BTNH.shape[-1] * q_BTNH.dtype.itemsize, window, S), chunk, S if offset is None else S - offset)
+  tiles = tiles_for(_device_kind(), q_BTNH.shape[-1] * q_BTNH.dtype.itemsize, window, S)
+  tiles = fitted(tiles, chunk, S if offset is None else S - offset)
   if offset:  # so that tiles divide the keys: some before the first, which nobody sees
     pad = -offset % math.lcm(*(keys for _, keys in tiles[:3]))
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (pad, 0), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
@@ -72,8 +73,8 @@ def visits(starts: tuple[tuple[int, ...], ...], chunk: int, n_keys: int, q_tile:
            of_keys: bool) -> tuple[np.ndarray, np.ndarray]:
   """(which tile to meet, whether it is there) for each device, tile and step: int16 [X, 1, query tiles, steps].
 
-  Each tile of queries goes in `steps` over the tiles of keys it sees. of_keys: each tile of keys over those of queries that see
-  it, [X, 1, steps, key tiles]. Where nothing is left to meet, the last tile is named again, so that nothing is fetched.
+  Each tile of queries goes in `steps` over the tiles of keys it sees. of_keys: each tile of keys over those of queries that
+  see it, [X, 1, steps, key tiles]. Where nothing is left to meet, the last tile is named again, so that nothing is fetched.
   """
   first_q = np.array([[start + i for start in run for i in range(0, chunk, q_tile)] for run in starts])[:, :, None]
   first_k = np.arange(0, n_keys, k_tile)

@@ -120,7 +120,7 @@ def _over_chunks(w_DV, tokens, softcap, z_loss, chunk, with_gradients):
 
 
 def _over_blocks(w_DV, tokens, softcap, z_loss, block, with_gradients):
-  """The two loops over blocks of this device's part of the vocabulary, of one size: padded with columns of no probability."""
+  """The two loops over blocks of this device's part of the vocabulary, of one size: padded with columns nobody chooses."""
   (x_CD, target_C, weight_C), (D, V) = tokens, w_DV.shape
   n_blocks = math.ceil(V / block)
   w_vDV = jnp.moveaxis(jnp.pad(w_DV, ((0, 0), (0, n_blocks * block - V))).reshape(D, n_blocks, block), 1, 0)

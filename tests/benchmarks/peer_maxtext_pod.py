@@ -2,8 +2,8 @@
 
     python tests/benchmarks/peer_maxtext_pod.py OUT.hlo compile_topology=v5p-128 model_name=llama3.1-8b remat_policy=full …
 
-What follows OUT.hlo are options of MaxText 0.2.5, in whose environment this runs. Beside OUT.hlo it writes OUT.json: sizes in
-memory, seconds to compile, options. For a small change of the program it has no options, so its own functions are used.
+What follows OUT.hlo are options of MaxText 0.2.5, in whose environment this runs. Beside OUT.hlo it writes OUT.json: sizes
+in memory, seconds to compile, options. For a small change of the program it has no options, so its own functions are used.
 """
 
 import json
@@ -17,7 +17,8 @@ os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPL
 
 from maxtext.trainers.pre_train import train_compile
 
-SIZES = ('argument_size_in_bytes', 'output_size_in_bytes', 'alias_size_in_bytes', 'temp_size_in_bytes', 'peak_memory_in_bytes')
+SIZES = ('argument_size_in_bytes', 'output_size_in_bytes', 'alias_size_in_bytes', 'temp_size_in_bytes',
+         'peak_memory_in_bytes')
 
 
 def main(out: Path, *options: str) -> None:
