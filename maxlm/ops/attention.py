@@ -9,7 +9,7 @@ Token i sees token j iff j <= i, i - j < window, and both are of one segment. Sc
 logit a head may sit in the denominator of the softmax ("sinks": gpt-oss, arXiv:2508.10925).
 
 Rows may be split over devices, in zigzag order (`ops.context`). Then a layer with a window gets the window - 1 keys and
-values before each of a device's chunks from its neighbours, and one without, or with a longer window, those of the whole row.
+values before each of a device's chunks from its neighbours; one without, or with a longer window, those of the whole row.
 """
 
 import functools
