@@ -18,23 +18,20 @@ SPARSE_CORE_COLLECTIVES = {
   'xla_sc_disable_megacore_partitioning': 'true',
 }
 
-# The weights of the next layer of a scan are gathered while this one computes. It costs one layer's weights of memory, and
-# the compiler then fills what layers save with zeros first: 5 % of a step of Llama 3 8B on v5p with 16,384 tokens a chip.
-# Where gathers run on the SparseCores, nearly all of them are hidden within a layer without it.
-PREFETCH = {
-  'xla_tpu_enable_ici_ag_pipelining': 'true',
-  'xla_should_allow_loop_variant_parameter_in_chain': 'true',
-  'xla_should_add_loop_invariant_op_in_chain': 'true',
-}
+# VMEM that one fusion or kernel may use, of the 64 MiB of v5p and the 128 of v5e and v6e (default: 16). With it the compiler
+# finds tiles for products of 16,384 tokens that use 98 % of the matrix unit, by its own count, where it found 75 to 93 %.
+def vmem(mib: int) -> dict[str, str]:
+  return {'xla_tpu_scoped_vmem_limit_kib': str(mib << 10)}
 
-# VMEM that one fusion or kernel may use, of the 64 MiB of v5p and the 128 of v6e (default: 16). With it the compiler finds
-# tiles for products of 16,384 tokens that use 98 % of the matrix unit, by its own count, where it found 75 to 93 %.
+
+# Not here: the options that gather the next layer's weights of a scan ahead (xla_tpu_enable_ici_ag_pipelining). The compiler
+# then fills what layers save with zeros first, 5 % of a step of Llama 3 8B on v5p with 16,384 tokens a chip, and nearly all
+# gathers are hidden within a layer without them.
 OPTIONS = {
-  'TPU v4': PREFETCH,
-  'TPU v5 lite': PREFETCH,
-  'TPU v5': SPARSE_CORE_COLLECTIVES | {'xla_tpu_scoped_vmem_limit_kib': '49152'},
-  'TPU v6 lite': SPARSE_CORE_COLLECTIVES | {'xla_tpu_scoped_vmem_limit_kib': '98304'},
-  'TPU7x': SPARSE_CORE_COLLECTIVES,
+  'TPU v5 lite': vmem(64),
+  'TPU v5': SPARSE_CORE_COLLECTIVES | vmem(48),
+  'TPU v6 lite': SPARSE_CORE_COLLECTIVES | vmem(96),
+  'TPU7x': SPARSE_CORE_COLLECTIVES | vmem(48),
 }
 ALIASES = {'TPU v5p': 'TPU v5', 'TPU v5e': 'TPU v5 lite', 'TPU v6e': 'TPU v6 lite', 'TPU v7x': 'TPU7x'}
 
