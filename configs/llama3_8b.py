@@ -2,7 +2,8 @@
 
     python -m maxlm.train --config=configs/llama3_8b.py --config.data.corpus=DIR
 
-Not yet run on hardware: the contract test type-checks its step on the abstract pod.
+Not yet run on hardware. Compiled for it, a step of 16,384 tokens a chip is estimated at 2.67 s, 69 % MFU, with 53.9 GB
+of 95.7 GiB (docs/perf.md).
 """
 
 from maxlm.checkpoint import CheckpointConfig
@@ -25,7 +26,7 @@ def get_config(arg: str = '') -> Experiment:
     name='llama3_8b',
     pod='v5p:4x4x4',
     model=DecoderConfig(vocab_size=128_256, d_model=4096, n_layers=32, pattern=(layer,), norm=NormSpec(eps=1e-5)),
-    compute=ComputeConfig(remat='attention'),
+    compute=ComputeConfig(remat='products'),
     data=DataConfig(corpus='corpora/llama3_8b', seq_len=8192, batch_size=128),
     optim=OptimConfig(peak_lr=3e-4, schedule='cosine', warmup_tokens=8_000_000_000, final_lr_frac=0.01),
     loss=LossConfig(z_loss=1e-5),

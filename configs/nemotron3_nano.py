@@ -7,7 +7,7 @@ active.
 The recipe is the report's: 3,072 rows of 8192 a step, 1e-3 after 8.4B tokens, constant for four fifths, then down to
 1e-5.
 
-Not yet run on hardware. The plan's figures: (to be filled).
+Not yet run on hardware, nor compiled whole: the contract test type-checks its step on the abstract pod.
 """
 
 from maxlm.checkpoint import CheckpointConfig

@@ -9,7 +9,7 @@ stage of rows of 128k, each on 16 chips, where theirs were of 64k: the full laye
 the sliding layers' are not. `window1024` is the same stage of a model whose windows are a quarter as long, to see
 what they cost.
 
-Not yet run on hardware. The plan's figures: (to be filled).
+Not yet run on hardware, nor compiled whole: the contract test type-checks its step on the abstract pod.
 """
 
 import dataclasses

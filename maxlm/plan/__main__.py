@@ -10,6 +10,7 @@ import os
 # A compiler needs no chip: nothing is looked for, on this machine or beside it, and several may compile at once.
 os.environ |= {'JAX_PLATFORMS': 'cpu'}
 
+import concurrent.futures
 import importlib.util
 import json
 import sys
@@ -62,9 +63,10 @@ def planned(config, where) -> dict[str, Any]:
   from maxlm.plan.network import network_of
   mesh = program.mesh_for(config, where)
   network = network_of(where, mesh)
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # a compile takes one core
+    compiled = list(pool.map(lambda step: step(config, where, mesh), (program.compile_train, program.compile_eval)))
   steps = []
-  for compile_step, suffix in ((program.compile_train, ''), (program.compile_eval, '.eval')):
-    step = compile_step(config, where, mesh)
+  for step, suffix in zip(compiled, ('', '.eval')):
     if HLO.value:
       Path(HLO.value + suffix).write_text(step.text)
     found = report.read(step.text, step.name, network, step.filled)

@@ -6,6 +6,7 @@ A synchronous instruction takes the core's time. One that starts something occup
 
 import collections
 import dataclasses
+import re
 
 from maxlm.plan import collectives, kernels, work
 from maxlm.plan.collectives import Collective, collective_of
@@ -326,8 +327,8 @@ class _Walk:
     return {out for out, operand in fusion.aliases.items() if fusion.operands[operand] in self.carries}
 
 
-GENERIC = ('while', 'body', 'cond', 'eval_jaxpr', 'checkpoint', 'rematted_computation', 'shard_map', 'closed_call', 'jvp()',
-           'transpose(jvp())', 'vmap()', 'custom_vjp_call', 'remat')
+GENERIC = ('', 'while', 'body', 'cond', 'eval_jaxpr', 'checkpoint', 'rematted_computation', 'shard_map', 'closed_call',
+           'custom_vjp_call', 'remat')
 
 
 def part_of(op_name: str) -> str:
@@ -337,5 +338,6 @@ def part_of(op_name: str) -> str:
   phase = ', recomputed' if 'rematted' in op_name else ', backward' if 'transpose(' in op_name else ''
   path = op_name.split('/')
   path = path[:-3] if path[-1] == 'pallas_call' else path[:-1]  # the name of a kernel comes twice
-  names = [name for name in path if name not in GENERIC and not name.startswith(('jit(', 'vmap('))]
+  path = [re.sub(r'^(transpose\(|jvp\()+|\)+$', '', name) for name in path if not name.startswith(('jit(', 'vmap('))]
+  names = [name for name in path if name not in GENERIC]
   return (names[0] if names and '->' not in names[0] else 'other') + phase
