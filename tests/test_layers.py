@@ -211,7 +211,7 @@ def test_attention_is_its_definition_and_the_same_on_any_mesh(mesh_of, switch):
     return attention(spec, x, rows._replace(kernel='chunked', norm=NORM))
 
   def results():
-    rows = rows_of(segment_ids, spec)._replace(kernel=None, norm=None)
+    rows = rows_of(segment_ids, spec)._replace(kernel=None, norm=None, dispatch=None)
     return values_and_gradients(run, perturbed(spec, 16), x, rows)
 
   with mesh_of(1):
