@@ -247,7 +247,7 @@ def test_a_layer_adds_its_sublayers_as_it_says(mesh_of):
       f = (lambda h: layer.mixer(mixer, h, rows)) if mixer else None
       g = (lambda h: layer.mlp(spec.mlp, h)) if mlp else None
       norms = {name: (lambda h, norm=norm: norm(NORM, h)) for name, norm in vars(layer).items() if isinstance(norm, Norm)}
-      return layer(spec, x, rows), f, g, norms
+      return layer(spec, x, rows)[0], f, g, norms
 
     y, f, g, n = both('pre')
     h = x + f(n['mixer_pre_norm'](x))
