@@ -103,13 +103,15 @@ def set_up(config: Experiment, workdir: Path, started: float,
   first_batch = next(batches)
   start.write_description(config, workdir, corpus, parent)  # now that nothing in it is refused
   say('compile  …')
+  options = compiler.options(jax.devices()[0].device_kind)
   update = jax.jit(functools.partial(train_step, step_config), donate_argnums=0).lower(state, first_batch[1]).compile(
-    compiler_options=compiler.options(jax.devices()[0].device_kind))
+    compiler_options=options)
   log = StepLog(config, workdir, sources, first_step)
   say(f'compile  done, {time.time() - started:.1f} s after the start')
   return Setup(config=config, workdir=workdir, corpus=corpus, checkpoints=checkpoints, meta=meta, first_step=first_step,
                batches=itertools.chain([first_batch], batches), update=update,
-               score=jax.jit(functools.partial(eval_step, step_config.model, step_config.compute)), log=log), state
+               score=jax.jit(functools.partial(eval_step, step_config.model, step_config.compute),
+                             compiler_options=options), log=log), state
 
 
 # -- the loop
