@@ -3,7 +3,7 @@
 Global row i belongs to a source (`MixtureSchedule`), where it is row j of an endless stream; j is (epoch, place), and the
 place is permuted with a key of its own for each source and epoch. Nothing else enters: not the number of hosts, nor the
 batch size, nor what was read before. So the state of a loader is one integer, the next global row, and any batch can be
-made again from its index. Batch s after cursor c is rows [c + s*G, c + (s+1)*G); host h of n takes the h-th n-th of them.
+made again from its index. Batch s after cursor c is rows [c + s*G, c + (s+1)*G); a host reads those that its devices hold.
 
 Grain's `MapDataset` carries it: a batch is one random access, prefetched by threads without changing the order.
 """
@@ -12,6 +12,7 @@ import functools
 import pathlib
 import sys
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from array_record.python import array_record_module
@@ -126,11 +127,9 @@ class _HostBatches:
   """A host's batches by index: what Grain calls a random-access data source."""
 
   def __init__(self, corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size: int, cursor: int,
-               host: tuple[int, int], split: str):
-    index, n_hosts = host
-    if not 0 <= index < n_hosts or batch_size < 1 or batch_size % n_hosts:
-      raise ValueError(f'a batch of {batch_size} rows cannot be split over {n_hosts} hosts (this is host {index}): '
-                       'make batch_size a multiple of the hosts')
+               part: Sequence[int] | None, split: str):
+    if batch_size < 1:
+      raise ValueError(f'batch_size={batch_size} must be at least 1')
     if cursor < 0:
       raise ValueError(f'cursor={cursor}: the next global row is 0 or more')
     unknown = [name for name in schedule.sources if name not in corpus.sources]
@@ -142,8 +141,7 @@ class _HostBatches:
       if not table.n_rows and schedule.draws(name):
         raise ValueError(f'the mixture draws from {name}, whose {split} split has no rows in {corpus.directory}')
     self._schedule, self._cursor, self._batch_size = schedule, cursor, batch_size
-    self._rows_a_host = batch_size // n_hosts
-    self._first = index * self._rows_a_host
+    self._part = _part_of(batch_size, part)
     self._n_rows = np.array([max(table.n_rows, 1) for table in self._tables], np.int64)
     self._masked = np.array([table.masked for table in self._tables])
     self._keys = np.array([shuffle.key_of(seed, f'{name}/{split}') for name in schedule.sources], np.uint64)
@@ -154,18 +152,29 @@ class _HostBatches:
     return (sys.maxsize - self._cursor if n_rows is None else max(n_rows - self._cursor, 0)) // self._batch_size
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    start = self._cursor + step * self._batch_size + self._first
-    sources, stream_rows = self._schedule.sources_of(np.arange(start, start + self._rows_a_host))
-    n_rows = self._n_rows[sources]
-    epochs, places = np.divmod(stream_rows, n_rows)
-    rows = shuffle.permute(places, n_rows, shuffle.epoch_keys(self._keys[sources], epochs))
-    records = [b''] * self._rows_a_host
+    sources, _, rows = self.places(step)
+    records = [b''] * len(rows)
     for source in np.unique(sources).tolist():
       here, = np.nonzero(sources == source)
       for place, record in zip(here.tolist(), self._tables[source].read(rows[here])):
         records[place] = record
     batch = pack.decode_rows(records, self._seq_len, self._dtype, self._masked[sources])
     return {**batch, 'source': sources.astype(np.int32)}
+
+  def places(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(source, epoch, row of the source) of each row of a batch."""
+    sources, stream_rows = self._schedule.sources_of(self._cursor + step * self._batch_size + self._part)
+    n_rows = self._n_rows[sources]
+    epochs, places = np.divmod(stream_rows, n_rows)
+    return sources, epochs, shuffle.permute(places, n_rows, shuffle.epoch_keys(self._keys[sources], epochs))
+
+
+def _part_of(batch_size: int, part: Sequence[int] | None) -> np.ndarray:
+  """The rows of a batch that a host reads: ascending offsets into it; None: all."""
+  rows = np.arange(batch_size) if part is None else np.asarray(part, np.int64)
+  if rows.ndim != 1 or len(rows) and (rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) < 1).any()):
+    raise ValueError(f'part={part}: it has offsets into a batch of {batch_size} rows, ascending')
+  return rows
 
 
 class BatchIterator:
@@ -192,42 +201,51 @@ class BatchIterator:
 
 
 def batches(corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size: int, cursor: int = 0,
-            host: tuple[int, int] = (0, 1), split: str = 'train', num_threads: int = 2) -> BatchIterator:
-  """Batches from global row `cursor` on, for host (index, count) of a global batch of batch_size rows.
+            part: Sequence[int] | None = None, split: str = 'train', num_threads: int = 2) -> BatchIterator:
+  """Batches from global row `cursor` on; of their batch_size rows those that this host's devices hold.
 
-  Each: {tokens, targets, segment_ids, positions, loss_mask: int32 [rows, seq_len], source: int32 [rows], into
-  schedule.sources}, rows = batch_size / hosts. It ends where fewer than batch_size rows of the schedule are left.
+  part: their offsets into the batch, ascending (None: all rows). Each: {tokens, targets, segment_ids, positions, loss_mask:
+  int32 [rows, seq_len], source: int32 [rows], into schedule.sources}. It ends where fewer than batch_size rows of the
+  schedule are left.
   num_threads: prefetch threads (0: none), without effect on what is read. ValueError with one line for a mixture or batch
   that does not fit.
   """
-  source = _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=cursor, host=host, split=split)
+  source = _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=cursor, part=part, split=split)
   return BatchIterator(source, cursor, batch_size, num_threads)
 
 
 def batch_at(corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size: int, step: int,
-             host: tuple[int, int] = (0, 1), split: str = 'train') -> dict[str, np.ndarray]:
+             split: str = 'train') -> dict[str, np.ndarray]:
   """Batch `step` of a run that began at row 0: to look at what a step was trained on."""
-  return _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=0, host=host, split=split)[step]
+  return _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=0, part=None, split=split)[step]
+
+
+def row_ids(corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size: int, step: int) -> list[dict]:
+  """Where the rows of batch `step` come from: a record each of its source, its epoch, and its row in the source's shards."""
+  batches = _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=0, part=None, split='train')
+  return [{'source': schedule.sources[source], 'epoch': int(epoch), 'row': int(row)}
+          for source, epoch, row in zip(*batches.places(step))]
 
 
 def validation_batches(corpus: Corpus, source: str, batch_size: int, limit_rows: int | None = None,
-                       host: tuple[int, int] = (0, 1)):
+                       part: Sequence[int] | None = None):
   """Yields the held-out rows of one source, at most limit_rows, once, in an order that is always the same.
 
   The rows are a fixed sample where limit_rows is less than there are. As of `batches`; the last batch is filled with rows
   whose segment_ids are 0 throughout; `source` indexes corpus.sources.
   """
   table = corpus.table(source, 'validation')
-  index, n_hosts = host
-  if batch_size < 1 or batch_size % n_hosts:
-    raise ValueError(f'a batch of {batch_size} rows cannot be split over {n_hosts} hosts: make it a multiple of them')
+  if batch_size < 1:
+    raise ValueError(f'batch_size={batch_size} must be at least 1')
+  part = _part_of(batch_size, part)
   n_rows = table.n_rows if limit_rows is None else min(limit_rows, table.n_rows)
   order = shuffle.permute(np.arange(n_rows), table.n_rows, shuffle.key_of(0, 'validation'))
-  rows_a_host, dtype = batch_size // n_hosts, pack.token_dtype(corpus.vocab_size)
-  for start in range(index * rows_a_host, n_rows + index * rows_a_host, batch_size):
-    records = table.read(order[start:start + rows_a_host])
+  dtype = pack.token_dtype(corpus.vocab_size)
+  for start in range(0, n_rows, batch_size):
+    places = start + part
+    records = table.read(order[places[places < n_rows]])
     batch = pack.decode_rows(records, corpus.seq_len, dtype, table.masked) if records else {
       name: np.zeros((0, corpus.seq_len), np.int32) for name in pack.FIELDS}
-    padding = ((0, rows_a_host - len(records)), (0, 0))
+    padding = ((0, len(part) - len(records)), (0, 0))
     yield {**{name: np.pad(value, padding) for name, value in batch.items()},
-           'source': np.full(rows_a_host, corpus.sources.index(source), np.int32)}
+           'source': np.full(len(part), corpus.sources.index(source), np.int32)}

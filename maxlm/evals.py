@@ -10,7 +10,7 @@ import tokenizers
 
 from data_pipeline import loader
 from data_pipeline.mixture import MixtureSchedule
-from maxlm.data import to_device
+from maxlm.data import rows_of_host, to_device
 from maxlm.models.decoder import Decoder
 
 
@@ -51,15 +51,14 @@ def evaluate(score, params: Decoder, corpus: loader.Corpus, rows: int, batch_siz
   score: a jitted `step.eval_step` of (params, batch); it may count `hits` besides. batch_size: rows at a time, of all
   hosts.
   """
-  host = (jax.process_index(), jax.process_count())
-  scores = {}
+  part, scores = rows_of_host(batch_size), {}
   for source in corpus.sources:
     sums = []
-    for batch in loader.validation_batches(corpus, source, batch_size, rows, host):
+    for batch in loader.validation_batches(corpus, source, batch_size, rows, part):
       target_bytes = corpus.token_bytes[batch['targets']] * batch['loss_mask']
-      sums.append(score(params, to_device({**batch, 'target_bytes': target_bytes.astype(np.int32)})))
+      sums.append(score(params, to_device({**batch, 'target_bytes': target_bytes.astype(np.int32)}, part, batch_size)))
     if sums:
-      added = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+      added = {name: sum(float(of_batch[name]) for of_batch in sums) for name in sums[0]}
       scores[source] = Score(nats=added['nll'], tokens=int(added['tokens']), bytes=int(added['bytes']),
                              hits=int(added['hits']) if 'hits' in added else None)
   return scores

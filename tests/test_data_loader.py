@@ -74,12 +74,26 @@ def test_where_a_row_and_its_neighbour_go_is_uniform_over_keys():
 # Purity.
 
 
-@pytest.mark.parametrize('n_hosts', [1, 2, 4])
-def test_hosts_concatenated_equal_one_host(corpus, n_hosts):
+PARTS = {'one host': [range(8)], 'two': [range(4), range(4, 8)], 'two on a torus': [(0, 1, 4, 5), (2, 3, 6, 7)],
+         'four, two and two alike': [range(4), range(4), range(4, 8), range(4, 8)]}
+
+
+@pytest.mark.parametrize('parts', PARTS.values(), ids=PARTS)
+def test_each_host_reads_its_part_of_the_batch_of_one_host(corpus, parts):
   whole = take(6, corpus)
-  slices = [take(6, corpus, host=(i, n_hosts)) for i in range(n_hosts)]
-  for step, batch in enumerate(whole):
-    assert_equal(batch, rows_of([batches[step] for batches in slices]))
+  for part in parts:
+    for batch, of_host in zip(whole, take(6, corpus, part=part)):
+      assert_equal({name: value[list(part)] for name, value in batch.items()}, of_host)
+
+
+def test_the_ids_of_rows_say_where_they_come_from(corpus):
+  ids = loader.row_ids(corpus, MIXTURE, seed=0, batch_size=8, step=3)
+  batch = loader.batch_at(corpus, MIXTURE, seed=0, batch_size=8, step=3)
+  for i, where in enumerate(ids):
+    table = corpus.table(where['source'], 'train')
+    row = loader.pack.decode_rows(table.read(np.array([where['row']])), SEQ_LEN, np.dtype('uint16'), False)
+    assert (row['tokens'][0] == batch['tokens'][i]).all()
+    assert MIXTURE.sources[batch['source'][i]] == where['source'] and where['epoch'] >= 0
 
 
 def test_rows_do_not_depend_on_the_batch_size_or_on_threads(corpus):
@@ -97,12 +111,12 @@ def test_the_cursor_resumes_anywhere_even_with_another_batch_size(corpus, cursor
 
 
 def test_the_cursor_is_the_next_global_row_on_every_host(corpus):
-  batches = loader.batches(corpus, MIXTURE, seed=0, batch_size=8, cursor=16, host=(1, 2))
+  batches = loader.batches(corpus, MIXTURE, seed=0, batch_size=8, cursor=16, part=range(4, 8))
   assert batches.cursor == 16
   for _ in range(3):
     batch = next(batches)
   assert batches.cursor == 40 and len(batch['tokens']) == 4
-  assert_equal(next(batches), take(1, corpus, cursor=40, host=(1, 2))[0])
+  assert_equal(next(batches), take(1, corpus, cursor=40, part=range(4, 8))[0])
   batches.close()
 
 
@@ -162,7 +176,8 @@ def test_a_schedule_that_ends_ends_the_batches(corpus):
 
 @pytest.mark.parametrize(('limit', 'n_hosts'), [(None, 1), (5, 1), (None, 2), (5, 2)])
 def test_validation_is_finite_fixed_and_filled_up_with_empty_rows(corpus, limit, n_hosts):
-  slices = [list(loader.validation_batches(corpus, 'web', 8, limit, host=(i, n_hosts))) for i in range(n_hosts)]
+  n = 8 // n_hosts
+  slices = [list(loader.validation_batches(corpus, 'web', 8, limit, range(i * n, (i + 1) * n))) for i in range(n_hosts)]
   n_rows = corpus.rows('web', 'validation') if limit is None else limit
   assert [len(batches) for batches in slices] == [-(-n_rows // 8)] * n_hosts
   rows = rows_of([rows_of(list(batches)) for batches in zip(*slices)])
@@ -185,8 +200,7 @@ def refused(error, match, function, *arguments, **options):
 
 def test_what_does_not_fit_the_corpus_is_refused(corpus):
   options = dict(seed=0, batch_size=8)
-  refused(ValueError, 'batch of 8 rows cannot be split over 3 hosts', loader.batches, corpus, MIXTURE, host=(0, 3),
-          **options)
+  refused(ValueError, 'offsets into a batch of 8 rows', loader.batches, corpus, MIXTURE, part=(6, 7, 8), **options)
   refused(ValueError, 'names wiki, which .* it has web, books', loader.batches, corpus,
           MixtureSchedule(stages=((None, {'wiki': 1}),)), **options)
   refused(ValueError, 'cursor=-1', loader.batches, corpus, MIXTURE, cursor=-1, **options)
