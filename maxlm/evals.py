@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import math
 
-import jax
 import numpy as np
 import tokenizers
 

@@ -28,7 +28,7 @@ BARRIER_SECONDS = 3600  # the slowest compile, the largest corpus
 def connect(coordinator: str = '', processes: int = 0, process: int = 0, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
   """Joins the job: before anything else of JAX. Alone it does nothing.
 
-  coordinator: HOST:PORT of the first process; '' on TPU VMs, where the machine's metadata says all of it, and for one process.
+  coordinator: HOST:PORT of the first process; '' for one process, and on TPU VMs, whose metadata say all of it.
   ValueError for numbers that do not fit. A host that does not come within half an hour ends the job.
   """
   if not coordinator and (processes or process):
@@ -98,6 +98,16 @@ def check_equal(facts: dict[str, str]) -> None:
       value = of_all[others[0]][fact]
       raise ValueError(f'the hosts do not run the same: {fact} is {of_all[0][fact]!r} on process 0 and {value!r} on '
                        f'{", ".join(map(str, others[:8]))}{" …" if len(others) > 8 else ""}')
+
+
+def any_of(name: str, mine: bool) -> bool:
+  """Whether it is so on any process: all of them know."""
+  if jax.process_count() == 1:
+    return mine
+  client, key = distributed.global_state.client, f'maxlm/any/{_unique(name)}'
+  client.key_value_set(f'{key}/{jax.process_index()}', str(int(mine)))
+  barrier(name)
+  return any(value == '1' for _, value in client.key_value_dir_get(key))
 
 
 def fingerprint(text: str) -> str:
