@@ -27,6 +27,7 @@ from maxlm.ops.exchange import exchange_for
 from maxlm.ops.grouped_matmul import check_grouped_matmul
 from maxlm.optim import OptimConfig
 from maxlm.sharding import AXES, RULES, MeshConfig
+from maxlm.spikes import SpikeConfig
 from maxlm.step import StepConfig
 
 
@@ -48,6 +49,7 @@ class Experiment:
   data: DataConfig
   optim: OptimConfig
   loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+  spikes: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
   evals: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   tokens: int
@@ -83,8 +85,8 @@ class Experiment:
   def step_config(self, platform: str, n_sources: int) -> StepConfig:
     """What `step.train_step` needs, with the platform's choices made."""
     return StepConfig(model=self.model, lora=self.lora, compute=self.resolved(platform), optim=self.optim,
-                      loss=self.loss, tokens_per_step=self.tokens_per_step, total_tokens=self.n_steps * self.tokens_per_step,
-                      microbatches=self.microbatches, n_sources=n_sources)
+                      loss=self.loss, spikes=self.spikes, tokens_per_step=self.tokens_per_step,
+                      total_tokens=self.n_steps * self.tokens_per_step, microbatches=self.microbatches, n_sources=n_sources)
 
 
 def validate(config: Experiment, platform: str, n_devices: int) -> None:
@@ -100,6 +102,7 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
     raise ValueError('model.pattern is empty: it needs at least one LayerSpec')
   config.optim.check(config.n_steps * config.tokens_per_step)
   config.loss.check()
+  config.spikes.check()
   if config.lora is not None:
     config.lora.check()
   if not config.init_from and (config.lora is not None or config.init_optimizer):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxlm import lora
+from maxlm import digest, lora, spikes
 from maxlm.checkpoint import named_leaves, with_leaves
 from maxlm.losses import LossConfig, next_token_loss, router_metrics
 from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig, expert_layers, stack_of_layer
@@ -25,6 +25,7 @@ class TrainState:
   step: jax.Array  # int32: steps done
   params: Decoder  # fp32 master weights
   opt: optax.OptState  # of what is trained (`maxlm.trained`)
+  recent: spikes.Recent = dataclasses.field(default_factory=lambda: spikes.no_steps(spikes.SpikeConfig()))
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class StepConfig:
   compute: ComputeConfig
   optim: OptimConfig
   loss: LossConfig
+  spikes: spikes.SpikeConfig
   tokens_per_step: int
   total_tokens: int
   microbatches: int
@@ -52,18 +54,24 @@ def begin(config: StepConfig, params: Decoder, key: jax.Array) -> TrainState:
   if config.lora is not None:
     params = lora.adapt(params, config.lora, jax.random.fold_in(key, 1))
   rows = first_rows(config.optim, config.model, params)
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=optimizer(config.optim).init(take(params, rows)))
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt=optimizer(config.optim).init(take(params, rows)),
+                    recent=spikes.no_steps(config.spikes))
 
 
 def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
   """(next state, metrics) for one batch: the fields of `data_pipeline.pack`, int32 [B, T], and source int32 [B].
 
-  The loss is the mean over the batch's targets that count, however many microbatches it is computed in. Metrics are fp32
-  device arrays: loss and loss_by_source (mean nll, nats a token), grad_norm, learning_rate, and of layers with experts
-  `losses.router_metrics`; and tokens_by_source, int32.
+  The loss is the mean over the batch's targets that count, however many microbatches it is computed in. A step that
+  `spikes.judge` does not take leaves parameters, selection biases and optimizer state bit for bit as they are; the learning
+  rate goes on, for it follows the tokens.
+
+  Metrics are fp32 device arrays: loss and loss_by_source (mean nll, nats a token), grad_norm, learning_rate, and of layers
+  with experts `losses.router_metrics`; int32: tokens_by_source, skipped and spike (sustained), 0 or 1; and batch_digest.
   """
   n_tokens = jnp.sum(batch['loss_mask']).astype(jnp.float32)
   grads, sums = gradients(config, state.params, batch, n_tokens)
+  loss, grad_norm = jnp.sum(sums['nll_by_source']) / n_tokens, optax.tree.norm(grads)
+  taken, spike, recent = spikes.judge(config.spikes, state.recent, loss, grad_norm)
   lr = learning_rate(config.optim, (state.step + 1).astype(jnp.float32) * config.tokens_per_step, config.total_tokens)
   rows = first_rows(config.optim, config.model, state.params)
   trained = take(state.params, rows)
@@ -71,15 +79,28 @@ def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[Trai
     updates, opt = optimizer(config.optim).update(grads, state.opt, trained)
     params = put(state.params, rows, jax.tree.map(lambda w, u: w - lr * u, trained, updates))
   params = balanced(config, params, sums['routers'])
+  if config.spikes.sigmas:
+    params, opt = jax.tree.map(lambda new, old: old if new is old else jax.lax.select(taken, new, old),
+                               (params, opt), (state.params, state.opt))
   metrics = {
-    'loss': jnp.sum(sums['nll_by_source']) / n_tokens,
+    'loss': loss,
     'loss_by_source': sums['nll_by_source'] / jnp.maximum(sums['tokens_by_source'], 1),
     'tokens_by_source': sums['tokens_by_source'],
-    'grad_norm': optax.tree.norm(grads),
+    'grad_norm': grad_norm,
     'learning_rate': lr,
+    'skipped': (~taken).astype(jnp.int32),
+    'spike': spike.astype(jnp.int32),
+    'batch_digest': batch_digest(batch),
     'routers': router_metrics(config.model, sums['routers'], n_real(batch)),
   }
-  return TrainState(step=state.step + 1, params=params, opt=opt), metrics
+  return TrainState(step=state.step + 1, params=params, opt=opt, recent=recent), metrics
+
+
+def batch_digest(batch: dict) -> jax.Array:
+  """uint32 [2] of what a step learns from, the same under any sharding: `digest.words` of the fields, one beside another."""
+  fields = [batch[name] for name in ('tokens', 'targets', 'segment_ids', 'loss_mask')]
+  source_BT = jnp.zeros_like(batch['tokens']) + batch['source'][:, None]
+  return digest.words(jnp.stack([*fields, source_BT]))
 
 
 def gradients(config: StepConfig, params: Decoder, batch: dict, n_tokens: jax.Array) -> tuple[dict, dict]:

@@ -26,6 +26,7 @@ LAYERS = (
   ('ops',),
   ('layers',),
   ('models',),
+  ('digest', 'spikes'),
   ('losses', 'optim', 'data', 'checkpoint', 'metrics', 'flops', 'decode'),
   ('trained',),
   ('lora',),

@@ -27,6 +27,7 @@ from maxlm.ops.attention import attention
 from maxlm.ops.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from maxlm.optim import OptimConfig
 from maxlm.sharding import MeshConfig, make_mesh, spec
+from maxlm.spikes import SpikeConfig
 from maxlm.step import StepConfig, init_state, train_step
 
 # -- kernels
@@ -114,7 +115,8 @@ def step_config(case: shapes.Case, platform: str) -> StepConfig:
     model=model, lora=None, compute=compute.resolve(platform, model),
     optim=OptimConfig(peak_lr=shapes.LEARNING_RATE, b1=shapes.BETA1, b2=shapes.BETA2, eps=shapes.EPS,
                       weight_decay=shapes.WEIGHT_DECAY, clip_norm=shapes.CLIP),
-    loss=LossConfig(), tokens_per_step=case.tokens, total_tokens=10**4 * case.tokens, microbatches=1, n_sources=1)
+    loss=LossConfig(), spikes=SpikeConfig(), tokens_per_step=case.tokens, total_tokens=10**4 * case.tokens,
+    microbatches=1, n_sources=1)
 
 
 def batch_of(case: shapes.Case, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -12,17 +12,19 @@ from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, LayerSpec
 from maxlm.optim import OptimConfig
 from maxlm.sharding import MeshConfig, make_mesh, spec
+from maxlm.spikes import SpikeConfig
 from maxlm.step import StepConfig, init_state, train_step
 
 TOKENS = worker.BATCH * worker.SEQ_LEN
 CONFIG = StepConfig(
+  lora=None,
   model=DecoderConfig(vocab_size=worker.VOCAB, d_model=worker.D_MODEL, n_layers=worker.N_LAYERS, pattern=(LayerSpec(
     mixer=AttentionSpec(n_heads=worker.N_HEADS, n_kv_heads=worker.N_HEADS, head_dim=worker.HEAD_DIM),
     mlp=MlpSpec(d_ff=worker.D_FF)),)),
   compute=ComputeConfig(unroll=worker.N_LAYERS).resolve('cpu'),
   optim=OptimConfig(peak_lr=worker.LEARNING_RATE, b1=worker.BETA1, b2=worker.BETA2, eps=worker.EPS,
                     weight_decay=worker.WEIGHT_DECAY, clip_norm=worker.CLIP),
-  loss=LossConfig(), tokens_per_step=TOKENS, total_tokens=10**4 * TOKENS, microbatches=1, n_sources=1)
+  loss=LossConfig(), spikes=SpikeConfig(), tokens_per_step=TOKENS, total_tokens=10**4 * TOKENS, microbatches=1, n_sources=1)
 
 
 def setup():
