@@ -5,36 +5,63 @@
     checkpoints.poll()                                          # every step: raises if the save in flight has failed
     params, opt = checkpoints.restore(checkpoints.latest(), params_like, opt_like)
 
-A thin layer over Orbax v1. DIRECTORY/STEP/ holds `params` and `opt` (arrays under plain dotted names such as
-`stacks.0.mixer.w_q_DNH`, so that no file depends on a class of Flax or optax, nor on the mesh) and `meta` (JSON).
+    python -m maxlm.checkpoint verify DIR[@STEP] [--json]       # reads all that was saved; 1 where something is damaged
+
+A thin layer over Orbax v1. DIRECTORY/STEP/ holds `params`, `opt` and others (arrays under plain dotted names such as
+`stacks.0.mixer.w_q_DNH`, so that no file depends on a class of Flax or optax, nor on the mesh), `meta` (JSON) and `digest`.
 A step counts only with its commit_success.txt, on every kind of storage: what a kill or a half-finished copy leaves
 behind is neither listed, nor loaded, nor counted among those to keep, and a later save of that step replaces it.
+
+Orbax and tensorstore give back a flipped bit as a wrong weight, without a word. So `digest` says of each array its dtype,
+its shape and the digest that it had on the devices before it was saved, of `meta` its SHA-256, and of itself too. What is
+restored is digested again where it has arrived: anything else than what was saved is `Damaged`, whatever the reason.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import logging
+import os
 import shutil
 import subprocess
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
+from maxlm import digest, flags, hosts
+from maxlm.digest import named_leaves
+
 COMMITTED = 'commit_success.txt'  # Orbax writes it last
+VERIFIED = 'verified.json'  # {step: SHA-256 of its `digest`}, of steps that were read back whole
+VERIFY_BYTES = 1 << 30  # are read at a time by `verify`, or one array
+
+
+# What Orbax and tensorstore raise over files that are damaged.
+UNREADABLE = (KeyError, ValueError, OSError)
+
+
+class Damaged(ValueError):
+  """A committed checkpoint is not what was saved, or cannot be read."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-  """every_steps: steps between checkpoints (the last step is always saved). keep_last: newest ones kept.
-  keep_every: those of each multiple of so many steps are kept too (None: no others)."""
+  """every_steps: steps between checkpoints (None: as its failures and the price of a save say, `maxlm.saving`; the last step
+  is always saved). keep_last: newest ones kept. keep_every: those of each multiple of so many steps are made and kept too
+  (None: no others). max_failures: saves in a row that may fail before the run ends."""
 
-  every_steps: int = 1000
+  every_steps: int | None = None
   keep_last: int = 3
   keep_every: int | None = None
+  max_failures: int = 3
 
 
 class Checkpoints:
@@ -62,21 +89,37 @@ class Checkpoints:
     """The newest committed step, or None."""
     return max(self.steps(), default=None)
 
-  def save(self, step: int, *, params, opt, meta: dict[str, Any]) -> None:
+  def save(self, step: int, *, meta: dict[str, Any], params, opt=None, **more) -> None:
     """Starts to save, and returns when the arrays have left the device; waits for an earlier save to end first.
 
-    opt: None where there are parameters only. A step that is committed is not saved again. OSError with the reason if the
-    earlier save failed, or if this one cannot be started.
+    opt: None where there are parameters only. more: other trees of arrays. A step that is committed is not saved again.
+    OSError with the reason if the earlier save failed, or if this one cannot be started; the object can be used again,
+    for the same step too.
     """
     self.wait()
     if step in self.steps():
       return
-    items = {'params': named_leaves(params), 'opt': named_leaves(opt), 'meta': meta}  # None has no leaves
+    arrays = {item: named_leaves(tree) for item, tree in {'params': params, 'opt': opt, **more}.items()}
+    arrays = {item: leaves for item, leaves in arrays.items() if leaves}  # Orbax refuses empty ones: the state of plain SGD
     with self._failures_of(step):
       if self._checkpointer is None:
-        self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes)
-      present = {name: item for name, item in items.items() if item}  # Orbax refuses empty ones: the state of plain SGD
+        self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes,
+                                           self.newest_verified)
+      present = {**arrays, **({'meta': meta} if meta else {}), 'digest': _record(arrays, meta)}
       self._saving = step, self._checkpointer.save_checkpointables_async(step, present, force=True)
+
+  @property
+  def is_saving(self) -> bool:
+    """Whether a save was started that `poll` or `wait` has not seen end."""
+    return self._saving is not None
+
+  def remove(self, step: int) -> None:
+    """Removes a committed step, by the first process; returns when it is gone, on all of them."""
+    def unlink():
+      (self.path(step) / COMMITTED).unlink()  # first: what a kill leaves does not count
+      (self.directory / str(step)).rmtree()
+
+    hosts.agree('remove', unlink)
 
   def poll(self) -> None:
     """OSError with the reason if the save in flight has failed; costs nothing. For every step of the loop."""
@@ -104,60 +147,156 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as error:  # of the file system, and of tensorstore
-      self._checkpointer = None
+      self._checkpointer = self._saving = None
+      if hosts.is_first() and step not in self.steps():
+        shutil.rmtree(self.directory / str(step), ignore_errors=True)  # it takes space that the next one may need
       reason = ' '.join(str(error).split())
       if 'No space left' in reason:
         reason = 'the disk is full: free space, or keep fewer of them (--config.checkpoint.keep_last)'
       raise OSError(f'the checkpoint of step {step} was not written to {self.directory}: {reason}') from error
 
   def meta(self, step: int) -> dict[str, Any]:
-    """The JSON that was saved with the step."""
-    return self._load(step, {'meta': None})['meta']
+    """The JSON that was saved with the step. Damaged if it is not that any more."""
+    record = self._recorded(step)
+    if record['meta'] == _sha256({}):
+      return {}
+    meta = self._json(step, 'meta')
+    if _sha256(meta) != record['meta']:
+      raise self._damaged(step, 'meta is not what was saved')
+    return meta
 
   def dtypes(self, step: int) -> dict[str, Any]:
     """The dtype that each parameter of a step is stored in."""
-    return {name: saved.dtype for name, saved in self._saved(step, 'params').items()}
+    return {name: jnp.dtype(dtype) for name, (dtype, _, _) in self._recorded(step)['arrays']['params'].items()}
 
   def restore_params(self, step: int, like):
     """The parameters of a step, as a tree like `like`: see `restore`."""
     return self._restore(step, {'params': like})['params']
 
-  def restore(self, step: int, params_like, opt_like) -> tuple[Any, Any]:
-    """(parameters, optimizer state) of a step, on whatever mesh they are wanted.
+  def restore(self, step: int, params_like, opt_like, **more_likes) -> tuple[Any, ...]:
+    """(parameters, optimizer state, and each of the more, in order) of a step, on whatever mesh they are wanted.
 
     The trees `like` give structure, shapes, dtypes (floats are cast where they differ) and shardings; their leaves are
-    arrays or jax.ShapeDtypeStruct. ValueError, naming the first parameter that differs, for another architecture.
+    arrays or jax.ShapeDtypeStruct. ValueError, naming the first parameter that differs, for another architecture; Damaged,
+    naming the first array that is not what was saved. Where all was restored, the step counts as verified.
     """
-    restored = self._restore(step, {'params': params_like, 'opt': opt_like})
-    return restored['params'], restored['opt']
+    likes = {'params': params_like, 'opt': opt_like, **more_likes}
+    restored = self._restore(step, likes)
+    if self._recorded(step)['arrays'].keys() <= likes.keys():
+      self.meta(step)
+      self._remember(step)
+    return tuple(restored.values())
 
   def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
-    targets = {item: {name: _target(leaf) for name, leaf in named_leaves(like).items()} for item, like in likes.items()}
-    for item, target in targets.items():
-      _check_same_shapes(self.path(step), self._saved(step, item), target)
-    loaded = self._load(step, {item: target for item, target in targets.items() if target})
-    return {item: jax.tree.unflatten(jax.tree.structure(like), [loaded[item][name] for name in targets[item]])
-            for item, like in likes.items()}
+    record, wanted = self._recorded(step)['arrays'], {item: named_leaves(like) for item, like in likes.items()}
+    for item, leaves in wanted.items():
+      _check_same_shapes(self.path(step), record.get(item, {}), leaves)
+    targets = {item: {name: _target(leaf, record[item][name][0]) for name, leaf in leaves.items()}
+               for item, leaves in wanted.items() if leaves}
+    loaded = self._verified(step, record, targets)
+    return {item: jax.tree.unflatten(jax.tree.structure(like), [
+      _cast(loaded[item].pop(name), leaf.dtype) for name, leaf in wanted[item].items()]) for item, like in likes.items()}
 
-  def _saved(self, step: int, item: str) -> dict[str, Any]:
-    """Orbax's description of the arrays of 'params' or 'opt': what was empty was not saved."""
-    path = self.path(step)
-    saved = _orbax().checkpointables_metadata(path).metadata.get(item, {})
-    if saved is None:
-      raise self._damaged(path, f'the description of its {item} cannot be read')
-    return saved
+  def verify(self, step: int) -> tuple[int, int]:
+    """Reads all of a step, a part at a time: (arrays, bytes). Damaged, naming the first array that is not what was saved;
+    else the step counts as verified."""
+    self.meta(step)
+    record, n_bytes = self._recorded(step)['arrays'], 0
+    for item, leaves in record.items():
+      part = {}
+      for i, (name, (dtype, shape, _)) in enumerate(leaves.items()):
+        part[name] = _everywhere(tuple(shape), _dtype(dtype))
+        if i == len(leaves) - 1 or sum(leaf.size * leaf.dtype.itemsize for leaf in part.values()) >= VERIFY_BYTES:
+          loaded = self._verified(step, record, {item: part}, partial=True)
+          n_bytes += sum(leaf.nbytes for leaf in loaded[item].values())
+          part, loaded = {}, None
+    self._remember(step)
+    return sum(map(len, record.values())), n_bytes
 
-  def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
-    path = self.path(step)
+  def _verified(self, step: int, record: dict, targets: dict[str, dict], partial: bool = False) -> dict[str, dict]:
+    """Arrays of a step that have the digests they were saved with."""
+    loaded = self._load(step, targets, partial) if targets else {}
+    for item, leaves in loaded.items():
+      for name, found in digest.of_tree(leaves).items():
+        if found != record[item][name][2]:
+          raise self._damaged(step, f'{item}.{name} is not what was saved (digest {found}, it was {record[item][name][2]})')
+    return loaded
+
+  def _load(self, step: int, targets: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+    """What Orbax reads of a step, on all processes or on none."""
+    path, loaded, failure = self.path(step), None, None
     try:
-      return _orbax().load_checkpointables(path, targets)
-    except (KeyError, ValueError, OSError) as error:  # its NoEntryError is a KeyError; the reason may be its cause
-      raise self._damaged(path, error.__cause__ or error) from error
+      with _reading(partial) as ocp:
+        loaded = ocp.load_checkpointables(path, targets)
+    except UNREADABLE as error:  # its NoEntryError is a KeyError; the reason may be its cause
+      failure = error
+    if hosts.any_of('unreadable', failure is not None):
+      raise self._damaged(step, failure and (failure.__cause__ or failure) or 'another host cannot read it') from failure
+    return loaded
 
-  def _damaged(self, path: epath.Path, reason) -> ValueError:
-    others = [step for step in self.steps() if str(step) != path.name]
+  def _recorded(self, step: int) -> dict[str, Any]:
+    """What `_record` said of a step when it was saved."""
+    record = self._json(step, 'digest')
+    if not isinstance(record, dict) or record.pop('sha256', None) != _sha256(record):
+      raise self._damaged(step, 'digest is not what was saved')
+    return record
+
+  def _json(self, step: int, item: str) -> Any:
+    path = self.path(step) / item / 'data.json'
+    try:
+      return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+      raise self._damaged(step, f'{item} cannot be read: {error}') from error
+
+  def _damaged(self, step: int, reason) -> Damaged:
+    others = [other for other in self.steps() if other != step]
     advice = f'there are also {", ".join(map(str, others))}' if others else 'there is no other'
-    return ValueError(f'checkpoint {path} is damaged ({advice}): {" ".join(str(reason).split())[:300]}')
+    return Damaged(f'checkpoint {self.directory / str(step)} is damaged ({advice}): {" ".join(str(reason).split())[:300]}')
+
+  def newest_verified(self) -> int | None:
+    """The newest step that was read back whole, by a restore or by `verify`, since it was saved."""
+    return max(self._still_verified(), default=None)
+
+  def _still_verified(self) -> dict[int, str]:
+    try:
+      noted = json.loads((self.directory / VERIFIED).read_text())
+    except (OSError, ValueError):  # there is none yet, or none any more: then nothing is known to be good
+      return {}
+    return {step: noted[str(step)] for step in self.steps() if str(step) in noted and self._is_still(step, noted[str(step)])}
+
+  def _is_still(self, step: int, sha256: str) -> bool:
+    """A step that was saved again after it was set aside is another one."""
+    try:
+      return _sha256(self._recorded(step)) == sha256
+    except Damaged:
+      return False
+
+  def _remember(self, step: int) -> None:
+    if not hosts.is_first():
+      return
+    partial = self.directory / f'{VERIFIED}.{os.getpid()}.partial'
+    with contextlib.suppress(OSError):  # of a checkpoint that may only be read, nothing is noted
+      partial.write_text(json.dumps({**self._still_verified(), step: _sha256(self._recorded(step))}))
+      partial.replace(self.directory / VERIFIED)
+
+  def set_aside(self, step: int, reason: str) -> epath.Path:
+    """Renames a committed step to damaged-STEP and returns its path: it is neither listed nor kept any more, nor in the way
+    of a new save of that step. For all processes. ValueError for the only one: a run must not begin anew unasked."""
+    self.close()  # Orbax knows the steps from when it was made
+    name = hosts.agree('set aside', lambda: self._set_aside(step, reason))
+    hosts.barrier('set aside')
+    return self.directory / name
+
+  def _set_aside(self, step: int, reason: str) -> str:
+    path = self.path(step)
+    if self.steps() == [step]:
+      raise ValueError(f'checkpoint {path} is the only one, and it is not set aside: put a good one beside it, or remove it '
+                       f'to begin anew ({reason})')
+    names = (f'damaged-{step}{suffix}' for suffix in ('', *(f'-{n}' for n in range(2, 1000))))
+    aside = next(self.directory / name for name in names if not (self.directory / name).exists())
+    path.rename(aside)
+    (aside / 'REASON').write_text(f'{reason}\n')
+    return aside.name
 
   def path(self, step: int) -> epath.Path:
     """The directory of a step. FileNotFoundError, naming those there are, if it is not there or not committed."""
@@ -206,17 +345,6 @@ def code_version() -> str:
     return 'unknown'
 
 
-def named_leaves(tree) -> dict[str, Any]:
-  """{'stacks.0.mixer.w_q_DNH': leaf}: the leaves under their dotted paths, in the tree's order."""
-  named = {}
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    parts = [str(getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', None)))) for key in path]
-    name = '.'.join(parts[:-1] if parts[-1] == 'value' else parts)  # nnx.Param keeps its array in `.value`
-    assert name not in named, f'two leaves are named {name}'
-    named[name] = leaf
-  return named
-
-
 def with_leaves(tree, leaves: dict[str, Any]):
   """The tree with these leaves, by the names of `named_leaves`, in the place of its own."""
   named = named_leaves(tree)
@@ -224,7 +352,27 @@ def with_leaves(tree, leaves: dict[str, Any]):
   return jax.tree.unflatten(jax.tree.structure(tree), list((named | leaves).values()))
 
 
-def _target(leaf) -> jax.ShapeDtypeStruct:
+def _record(arrays: dict[str, dict], meta: dict[str, Any]) -> dict[str, Any]:
+  """The `digest` of a step: {'arrays': {item: {name: [dtype, shape, digest]}}, 'meta': SHA-256, 'sha256': of these}."""
+  digests = {item: digest.of_tree(leaves) for item, leaves in arrays.items()}
+  record = {'meta': _sha256(meta), 'arrays': {item: {
+    name: [str(leaf.dtype), list(leaf.shape), digests[item][name]] for name, leaf in leaves.items()}
+    for item, leaves in arrays.items()}}
+  return {**record, 'sha256': _sha256(record)}
+
+
+def _sha256(value) -> str:
+  """Of a JSON value, whatever the order of its keys and its layout."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _dtype(name: str):
+  """The dtype that str() gave this name."""
+  keys = (jax.random.key(0, impl=impl).dtype for impl in ('threefry2x32', 'rbg', 'unsafe_rbg'))
+  return {str(key): key for key in keys}[name] if name.startswith('key<') else jnp.dtype(name)
+
+
+def _target(leaf, stored: str) -> jax.ShapeDtypeStruct:
   """What Orbax is asked for. jax.eval_shape gives a sharding on an abstract mesh, or none: the mesh set is meant."""
   sharding, mesh = leaf.sharding, jax.sharding.get_mesh()
   if sharding is None and mesh.empty:
@@ -233,30 +381,50 @@ def _target(leaf) -> jax.ShapeDtypeStruct:
     sharding = jax.NamedSharding(mesh, jax.P())
   elif isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
     sharding = jax.NamedSharding(mesh, sharding.spec)
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.ShapeDtypeStruct(leaf.shape, _dtype(stored), sharding=sharding)
+
+
+def _everywhere(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+  """An array split over all devices of this process along its first dimension that can be, or on one of them."""
+  devices = jax.local_devices()
+  mesh = jax.sharding.Mesh(np.array(devices), 'all')
+  dim = next((dim for dim, size in enumerate(shape) if size and size % len(devices) == 0), None)
+  spec = jax.P() if dim is None else jax.P(*[None] * dim, 'all')
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+
+def _cast(array: jax.Array, dtype) -> jax.Array:
+  return array if array.dtype == dtype else array.astype(dtype)
 
 
 def _check_same_shapes(path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
   for name in [*wanted, *saved]:
-    there = tuple(saved[name].shape) if name in saved else None
-    here = _stored_shape(wanted[name]) if name in wanted else None
+    there = tuple(saved[name][1]) if name in saved else None
+    here = wanted[name].shape if name in wanted else None
     if there != here:
       there, here = ('absent' if shape is None else f'of shape {shape}' for shape in (there, here))
       raise ValueError(f'checkpoint {path} is of another architecture: {name} is {there} there, {here} in this config')
 
 
-def _stored_shape(leaf) -> tuple[int, ...]:
-  """The shape on disk: a random key is stored as the integers it consists of."""
-  is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
-
-
-def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None, transfer_bytes: int | None):
+def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None, transfer_bytes: int | None,
+                  newest_verified: Callable[[], int | None]):
   ocp = _orbax()
   policies = ocp.training.preservation_policies
-  keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+  keep = [policies.LatestN(keep_last), _KeepVerified(newest_verified)]
+  keep += [policies.EveryNSteps(keep_every)] if keep_every else []
   return ocp.training.Checkpointer(directory, context=_context(ocp, transfer_bytes),
                                    preservation_policy=policies.AnyPreservationPolicy(keep))
+
+
+class _KeepVerified:
+  """Keeps the newest step of which is known that it can be read: the last ones may all be damaged the same way."""
+
+  def __init__(self, newest_verified):
+    self._newest_verified = newest_verified
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    newest = self._newest_verified()
+    return [saved.step == newest for saved in checkpoints]
 
 
 def _context(ocp, transfer_bytes: int | None):
@@ -265,8 +433,23 @@ def _context(ocp, transfer_bytes: int | None):
   context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
   context.memory.transfer_concurrent_bytes = transfer_bytes
   context.checkpointables.registry = ocp.handlers.local_registry()
-  context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name='meta')  # else: arrays of scalars
+  for name in ('meta', 'digest'):  # else: arrays of scalars
+    context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
   return context
+
+
+@contextlib.contextmanager
+def _reading(partial: bool):
+  """Orbax, to read: of an item all its arrays, or (partial) those that are asked for."""
+  ocp = _orbax()
+  context = ocp.Context()
+  context.pytree.loading.partial_load = partial
+  if jax.process_count() > 1:  # it would wait for the others, and for minutes where one of them has failed
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.barrier_sync_key_prefix = f'reading-{jax.process_index()}'
+  with context:
+    yield ocp
 
 
 def _orbax():
@@ -275,8 +458,34 @@ def _orbax():
 
   # Each of its threads logs the traceback of a failed save, hundreds of lines; we raise the reason ourselves.
   logging.getLogger('absl').addFilter(_is_not_a_traceback_of_orbax)
+  logging.getLogger('asyncio').addFilter(_is_not_a_traceback_of_orbax)  # of reads that were given up with the first failure
   return v1
 
 
 def _is_not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
-  return not (record.exc_info and 'orbax' in record.pathname)
+  return not (record.exc_info and ('orbax' in record.pathname or 'orbax' in record.getMessage()))
+
+
+def main(words: list[str]) -> int:
+  if len(words) != 2 or words[0] != 'verify':
+    raise ValueError('say `verify DIR` or `verify DIR@STEP`; --help tells more')
+  checkpoints, newest = find(words[1])
+  found = []
+  for step in checkpoints.steps() if parse(words[1])[1] is None else [newest]:
+    try:
+      n_arrays, n_bytes = checkpoints.verify(step)
+      found.append({'step': step, 'damage': None, 'arrays': n_arrays, 'bytes': n_bytes})
+      line = f'{checkpoints.path(step)}: {n_arrays:,} arrays, {n_bytes:,} bytes: all as saved'
+    except Damaged as error:
+      found.append({'step': step, 'damage': str(error)})
+      line = str(error)
+    if not JSON.value:
+      print(line, flush=True)
+  if JSON.value:
+    print(json.dumps(found))
+  return int(any(of_step['damage'] for of_step in found))
+
+
+if __name__ == '__main__':
+  JSON = flags.DEFINE_bool('json', False, 'print a list of {step, damage (null: none), arrays, bytes}')
+  flags.run(main, words=True)
