@@ -105,13 +105,19 @@ class _Table:
     self._readers, self._lock = {}, threading.Lock()
 
   def read(self, indices: np.ndarray) -> list[bytes]:
-    """Records of these rows, in this order."""
+    """Records of these rows, in this order. ValueError where a shard is not what was written: each record has a hash."""
     shard_of = np.searchsorted(self._ends, indices, side='right')
     records = [b''] * len(indices)
     for shard in np.unique(shard_of).tolist():
       here, = np.nonzero(shard_of == shard)
       first = self._ends[shard - 1] if shard else 0
-      for place, record in zip(here.tolist(), self._reader(shard).read((indices[here] - first).tolist())):
+      try:
+        found = self._reader(shard).read((indices[here] - first).tolist())
+      except RuntimeError as error:  # of ArrayRecord, whatever it is
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{self._paths[shard]} cannot be read: put back what was built there, or build the corpus again; '
+                         f'`python -m data_pipeline.shards verify` names what else is damaged ({reason})') from error
+      for place, record in zip(here.tolist(), found, strict=True):
         records[place] = record
     return records
 
