@@ -124,22 +124,17 @@ class Skips:
 
   def __post_init__(self):
     for i, rewind in enumerate(self.rewinds):
-      before, (first, last) = Skips(self.rewinds[:i]), rewind.batches
+      (first, last), before = rewind.batches, self.rewinds[:i]
       if not 0 <= rewind.to <= rewind.at:
         raise ValueError(f'skips[{i}]: a run that has done {rewind.at} steps cannot go back to {rewind.to}')
-      if first != before.batch_of(rewind.to) or last < before.batch_of(rewind.at):
+      undone = _batch_of(before, rewind.to), _batch_of(before, rewind.at)
+      if first != undone[0] or last < undone[1]:
         raise ValueError(f'skips[{i}]: batches {first} to {last} are not those that steps {rewind.to} to {rewind.at} took: '
-                         f'{before.batch_of(rewind.to)} to {before.batch_of(rewind.at)}')
+                         f'{undone[0]} to {undone[1]}')
 
   def batch_of(self, step: int) -> int:
     """The batch that is taken when `step` steps are done: the step-th (from 0) of those that are not skipped."""
-    batch, end = step, 0
-    for first, last in sorted(rewind.batches for rewind in self.rewinds):
-      first = max(first, end)  # ranges may overlap
-      if first <= batch and first < last:
-        batch += last - first
-      end = max(end, last)
-    return batch
+    return _batch_of(self.rewinds, step)
 
   def rewound(self, *, at: int, to: int, jump_steps: int) -> 'Skips':
     """These, and one more: after `at` steps back to `to`, past the batches of the steps undone and so many more."""
@@ -165,3 +160,13 @@ class Skips:
   def of_json(cls, plain) -> 'Skips':
     """What `to_json` gave. ValueError, naming the entry, for anything else."""
     return cls(typed_json.decode(plain, tuple[Rewind, ...], 'skips'))
+
+
+def _batch_of(rewinds: tuple[Rewind, ...], step: int) -> int:
+  batch, end = step, 0
+  for first, last in sorted(rewind.batches for rewind in rewinds):
+    first = max(first, end)  # ranges may overlap
+    if first <= batch and first < last:
+      batch += last - first
+    end = max(end, last)
+  return batch
