@@ -14,7 +14,7 @@ neither None nor the items of a tuple).
 
 What a user can mend is one line on stderr, `error: …`, and exit code 2: a bad flag, key or value, an OSError (missing
 file, full disk, no permission) and a ValueError that our own code raises. Anything else, a ValueError out of a library
-too, is a bug and keeps its traceback. --traceback shows it always.
+too, is a bug and keeps its traceback. --traceback shows it always. Secrets are left out of both (`maxlm.redact`).
 """
 
 import ast
@@ -29,6 +29,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ from absl import flags
 from ml_collections.config_flags import config_path
 
 from maxlm import typed_json
+from maxlm.redact import redact
 
 OURS = ('__main__', 'maxlm', 'data_pipeline', 'launch', 'configs', 'config')  # packages whose ValueErrors are for users
 WORDS = {'true': True, 'false': False, 'none': None}  # beside Python's spelling
@@ -50,6 +52,7 @@ DEFINE_bool, DEFINE_enum, DEFINE_float, DEFINE_integer, DEFINE_list, DEFINE_stri
 def run(main: Callable[..., int | None], *, default_config: str | None = None, words: bool = False) -> typing.NoReturn:
   """Parses sys.argv, calls main and exits. default_config: the file loaded where --config is not given. words: main gets
   the list of arguments that are no flags, which are refused otherwise."""
+  sys.excepthook = _show_traceback
   command, args = sys.argv[0], [arg for arg in sys.argv[1:] if arg != '--traceback']
   try:
     config_name, overrides, plain = default_config, [], args
@@ -68,7 +71,7 @@ def run(main: Callable[..., int | None], *, default_config: str | None = None, w
     if '--traceback' in sys.argv or not is_for_user(error):
       raise
     full = '; free space, then run the same command again' * (getattr(error, 'errno', None) == errno.ENOSPC)
-    print('error:', ' '.join(str(error).split()) + full, file=sys.stderr)
+    print('error:', redact(' '.join(str(error).split())) + full, file=sys.stderr)
     sys.exit(2)
 
 
@@ -188,6 +191,10 @@ def is_for_user(error: BaseException) -> bool:
   # The instruction is looked at because JAX cuts its own frames out of tracebacks: the last one left is a call of ours.
   raised = code[step.tb_lasti] == dis.opmap['RAISE_VARARGS']
   return isinstance(error, ValueError) and raised and step.tb_frame.f_globals['__name__'].split('.')[0] in OURS
+
+
+def _show_traceback(kind, error, trace) -> None:
+  sys.stderr.write(redact(''.join(traceback.format_exception(kind, error, trace))))
 
 
 def _parse(text: str, annotation, key: str):

@@ -16,6 +16,8 @@ ROOMS = ('maxlm', 'data_pipeline', 'launch', 'configs')
 SOURCES = {str(path.relative_to(ROOT)): path.read_text()
            for room in ROOMS for path in sorted((ROOT / room).rglob('*.py'))}
 
+TESTS = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / 'tests').rglob('*.py'))}
+
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
@@ -26,21 +28,21 @@ LAYERS = (
   ('ops',),
   ('layers',),
   ('models',),
-  ('digest', 'spikes'),
-  ('losses', 'optim', 'data', 'checkpoint', 'metrics', 'flops', 'decode'),
+  ('losses', 'optim', 'spikes', 'data', 'checkpoint', 'metrics', 'flops', 'decode'),
   ('trained',),
   ('lora',),
   ('step',),
   ('evals',),
   ('config', 'stages'),
-  ('restore', 'summary'),
+  ('restore', 'summary', 'saving'),
   ('start',),
+  ('steplog',),
   ('train',),
 )
 WITHIN_A_LAYER = {('metrics', 'flops'), ('config', 'stages')}  # the first may import the second
-# Import nothing of ours but each other; anyone may import them.
 # These import nothing of ours but each other; anyone may import them.
-LEAVES = ('compiler', 'digest', 'flags', 'hosts', 'stop', 'typed_json')
+LEAVES = ('compiler', 'digest', 'flags', 'health', 'hosts', 'ledger', 'redact', 'stop', 'storage', 'stragglers',
+          'typed_json', 'watchdog')
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 FORBIDDEN_IMPORTS = {
@@ -51,6 +53,16 @@ FORBIDDEN_IMPORTS = {
 }
 NEVER_IMPORTED = {'pickle', 'cloudpickle', 'dill', 'shelve', 'marshal', 'joblib', 'yaml', 'torch', 'transformers'}
 IMPORTED_WHERE_USED = {'jinja2', 'tokamax', 'libtpu', 'ray'}  # heavy and optional: inside the function that needs them
+# No file that is read may run code: neither what unpickles nor what unpacks to paths that an archive names.
+RUNS_FILES = {'pickle', 'cloudpickle', 'dill', 'shelve', 'marshal', 'joblib', 'yaml', 'runpy', 'serialize_executable'}
+CALLS_THAT_RUN = {'exec_module', 'spec_from_file_location', 'import_module', '__import__', 'load_module', 'read_pickle',
+                  'to_pickle', 'extractall', 'unpack_archive', 'system', 'popen'}
+RUNS_WHAT_IS_NAMED = {
+  'maxlm/flags.py': 'the config of --config, a Python file that the user names',
+  'data_pipeline/recipe.py': 'the recipe of --recipe, the same',
+  'data_pipeline/sources/python_docs.py': 'modules of the standard library, by a list in it',
+  'maxlm/hf/families.py': 'the modules of its own package',
+}
 NNX = {'Module', 'Param', 'Rngs', 'List'}
 ENVIRONMENT = ('launch/', 'maxlm/plan/', 'data_pipeline/runners.py')  # may touch environment variables
 AXIS_WORDS = {'fsdp', 'tensor', 'expert'}  # never another thing's name
@@ -169,6 +181,25 @@ def check_names(path: str, source: str) -> list[str]:
   return complaints
 
 
+def check_security(path: str, source: str) -> list[str]:
+  """Nothing that is read can run code or write to a path of its choice. Of rooms and tests alike."""
+  complaints = [f'{path}:{line}: {module}: a file must not be able to run code'
+                for line, module, _ in imports(source) if RUNS_FILES & {*module.split('.')}]
+  archives = any(module.split('.')[0] in ('tarfile', 'zipfile') for _, module, _ in imports(source))
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.keyword) and node.arg in ('shell', 'trust_remote_code', 'allow_pickle'):
+      if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+        complaints.append(f'{path}:{node.value.lineno}: {node.arg} runs text as code')
+    elif isinstance(node, ast.Call):
+      is_method = isinstance(node.func, ast.Attribute)
+      of, name = (node.func.value, node.func.attr) if is_method else (None, getattr(node.func, 'id', ''))
+      if name in CALLS_THAT_RUN and path not in RUNS_WHAT_IS_NAMED or archives and name == 'extract':
+        complaints.append(f'{path}:{node.lineno}: {name}() runs code, or writes where a file says')
+      if name == 'load' and isinstance(of, ast.Name) and of.id == 'torch':
+        complaints.append(f'{path}:{node.lineno}: torch.load() reads a pickle: use safetensors')
+  return complaints
+
+
 def check_length(path: str, source: str) -> list[str]:
   """A file past 500 lines or a function past 80 usually hides two."""
   n = len(source.splitlines())
@@ -188,6 +219,12 @@ RULES = (check_imports, check_layers, check_axes, check_names, check_length)
 def test_sources_keep_the_rule(rule):
   assert any(path.startswith('maxlm/') for path in SOURCES)
   complaints = [complaint for path, source in SOURCES.items() for complaint in rule(path, source)]
+  assert not complaints, '\n' + '\n'.join(complaints)
+
+
+def test_nothing_that_is_read_can_run_code():
+  assert 'tests/test_structure.py' in TESTS and {*RUNS_WHAT_IS_NAMED} <= {*SOURCES}
+  complaints = [complaint for path, source in (SOURCES | TESTS).items() for complaint in check_security(path, source)]
   assert not complaints, '\n' + '\n'.join(complaints)
 
 
@@ -227,6 +264,13 @@ BREAKS = [
   (check_names, 'maxlm/step.py', 'try:\n  f()\nexcept Exception:\n  pass'),
   (check_names, 'maxlm/step.py', 'try:\n  f()\nexcept (OSError, BaseException) as error:\n  pass'),
   (check_names, 'maxlm/step.py', 'try:\n  f()\nexcept:\n  pass'),
+  *((check_security, 'tests/rows.py', source) for source in (
+    'def f():\n  import pickle', 'from jax.experimental import serialize_executable', 'import yaml', 'import runpy',
+    'subprocess.run(command, shell=True)', 'subprocess.run(command, shell=shell)', "os.system('ls')", "os.popen('ls')",
+    'AutoModel.from_pretrained(x, trust_remote_code=True)', 'np.load(x, allow_pickle=True)', 'torch.load(x)',
+    'torch.load(x, weights_only=True)', 'pd.read_pickle(x)', "__import__('x')", 'importlib.import_module(x)',
+    'import tarfile\ntarfile.open(x).extractall(y)', 'import zipfile\nzipfile.ZipFile(x).extract(y)',
+    'shutil.unpack_archive(x)', 'spec.loader.exec_module(module)')),
   (check_length, 'maxlm/step.py', 'x = 1\n' * (MAX_FILE_LINES + 1)),
   (check_length, 'maxlm/step.py', 'def f():\n' + '  x = 1\n' * MAX_FUNCTION_LINES),
 ]
@@ -247,6 +291,9 @@ KEEPS = [
   (check_names, 'maxlm/step.py', "class A(nnx.Module):\n  x = np.load('x.npy', allow_pickle=False); y = evals.eval(x)"),
   (check_names, 'launch/tpu.py', "x = os.environ['HOME']"),
   (check_names, 'maxlm/step.py', 'try:\n  f()\nexcept (OSError, ValueError) as error:\n  raise'),
+  (check_security, 'maxlm/step.py', 'x = np.load(y, allow_pickle=False); z = re.search(x).extract(y); json.load(f)'),
+  (check_security, 'data_pipeline/x.py', 'import tarfile\nfor member in tarfile.open(x):\n  subprocess.run(y, shell=False)'),
+  (check_security, 'maxlm/flags.py', 'spec.loader.exec_module(module)'),
 ]
 
 
