@@ -22,12 +22,10 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from maxlm import digest, flags, hosts
+from maxlm import digest, flags, hosts, storage
 from maxlm.digest import named_leaves
 
 COMMITTED = 'commit_success.txt'  # Orbax writes it last
@@ -44,12 +42,8 @@ VERIFIED = 'verified.json'  # {step: SHA-256 of its `digest`}, of steps that wer
 VERIFY_BYTES = 1 << 30  # are read at a time by `verify`, or one array
 
 
-# What Orbax and tensorstore raise over files that are damaged.
-UNREADABLE = (KeyError, ValueError, OSError)
-
-
 class Damaged(ValueError):
-  """A committed checkpoint is not what was saved, or cannot be read."""
+  """A committed checkpoint is not what was saved. (Where it cannot be reached, it may well be: that is an OSError.)"""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -103,8 +97,8 @@ class Checkpoints:
     arrays = {item: leaves for item, leaves in arrays.items() if leaves}  # Orbax refuses empty ones: the state of plain SGD
     with self._failures_of(step):
       if self._checkpointer is None:
-        self._checkpointer = _checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes,
-                                           self.newest_verified)
+        self._checkpointer = storage.checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes,
+                                                 self.newest_verified)
       present = {**arrays, **({'meta': meta} if meta else {}), 'digest': _record(arrays, meta)}
       self._saving = step, self._checkpointer.save_checkpointables_async(step, present, force=True)
 
@@ -226,12 +220,14 @@ class Checkpoints:
     """What Orbax reads of a step, on all processes or on none."""
     path, loaded, failure = self.path(step), None, None
     try:
-      with _reading(partial) as ocp:
+      with storage.reading(partial) as ocp:
         loaded = ocp.load_checkpointables(path, targets)
-    except UNREADABLE as error:  # its NoEntryError is a KeyError; the reason may be its cause
-      failure = error
+    except storage.UNREADABLE as error:  # its NoEntryError is a KeyError; the reason is its cause
+      failure = error.__cause__ or error
+    if hosts.any_of('unreachable', failure is not None and storage.is_unreachable(failure)):
+      raise OSError(f'checkpoint {path} cannot be reached: {_one_line(failure or "by another host")}') from failure
     if hosts.any_of('unreadable', failure is not None):
-      raise self._damaged(step, failure and (failure.__cause__ or failure) or 'another host cannot read it') from failure
+      raise self._damaged(step, failure or 'another host cannot read it') from failure
     return loaded
 
   def _recorded(self, step: int) -> dict[str, Any]:
@@ -245,13 +241,15 @@ class Checkpoints:
     path = self.path(step) / item / 'data.json'
     try:
       return json.loads(path.read_text())
+    except storage.UNREACHABLE:
+      raise
     except (OSError, ValueError, RecursionError) as error:
       raise self._damaged(step, f'{item} cannot be read: {error}') from error
 
   def _damaged(self, step: int, reason) -> Damaged:
     others = [other for other in self.steps() if other != step]
     advice = f'there are also {", ".join(map(str, others))}' if others else 'there is no other'
-    return Damaged(f'checkpoint {self.directory / str(step)} is damaged ({advice}): {" ".join(str(reason).split())[:300]}')
+    return Damaged(f'checkpoint {self.directory / str(step)} is damaged ({advice}): {_one_line(reason)}')
 
   def newest_verified(self) -> int | None:
     """The newest step that was read back whole, by a restore or by `verify`, since it was saved."""
@@ -366,6 +364,10 @@ def _sha256(value) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _one_line(reason) -> str:
+  return ' '.join(str(reason).split())[:300]
+
+
 def _dtype(name: str):
   """The dtype that str() gave this name."""
   keys = (jax.random.key(0, impl=impl).dtype for impl in ('threefry2x32', 'rbg', 'unsafe_rbg'))
@@ -404,66 +406,6 @@ def _check_same_shapes(path, saved: dict[str, Any], wanted: dict[str, Any]) -> N
     if there != here:
       there, here = ('absent' if shape is None else f'of shape {shape}' for shape in (there, here))
       raise ValueError(f'checkpoint {path} is of another architecture: {name} is {there} there, {here} in this config')
-
-
-def _checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None, transfer_bytes: int | None,
-                  newest_verified: Callable[[], int | None]):
-  ocp = _orbax()
-  policies = ocp.training.preservation_policies
-  keep = [policies.LatestN(keep_last), _KeepVerified(newest_verified)]
-  keep += [policies.EveryNSteps(keep_every)] if keep_every else []
-  return ocp.training.Checkpointer(directory, context=_context(ocp, transfer_bytes),
-                                   preservation_policy=policies.AnyPreservationPolicy(keep))
-
-
-class _KeepVerified:
-  """Keeps the newest step of which is known that it can be read: the last ones may all be damaged the same way."""
-
-  def __init__(self, newest_verified):
-    self._newest_verified = newest_verified
-
-  def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    newest = self._newest_verified()
-    return [saved.step == newest for saved in checkpoints]
-
-
-def _context(ocp, transfer_bytes: int | None):
-  context = ocp.Context()
-  # Its default on a local disk trusts the name of a directory, and lists, loads and keeps unfinished ones.
-  context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-  context.memory.transfer_concurrent_bytes = transfer_bytes
-  context.checkpointables.registry = ocp.handlers.local_registry()
-  for name in ('meta', 'digest'):  # else: arrays of scalars
-    context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-  return context
-
-
-@contextlib.contextmanager
-def _reading(partial: bool):
-  """Orbax, to read: of an item all its arrays, or (partial) those that are asked for."""
-  ocp = _orbax()
-  context = ocp.Context()
-  context.pytree.loading.partial_load = partial
-  if jax.process_count() > 1:  # it would wait for the others, and for minutes where one of them has failed
-    context.multiprocessing.active_processes = {jax.process_index()}
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.barrier_sync_key_prefix = f'reading-{jax.process_index()}'
-  with context:
-    yield ocp
-
-
-def _orbax():
-  """Orbax, imported when it is first needed: it takes a second, and a fresh run has time for it at its first save."""
-  from orbax.checkpoint import v1
-
-  # Each of its threads logs the traceback of a failed save, hundreds of lines; we raise the reason ourselves.
-  logging.getLogger('absl').addFilter(_is_not_a_traceback_of_orbax)
-  logging.getLogger('asyncio').addFilter(_is_not_a_traceback_of_orbax)  # of reads that were given up with the first failure
-  return v1
-
-
-def _is_not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
-  return not (record.exc_info and ('orbax' in record.pathname or 'orbax' in record.getMessage()))
 
 
 def main(words: list[str]) -> int:
