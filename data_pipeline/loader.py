@@ -34,7 +34,8 @@ def open_corpus(directory, seq_len: int) -> 'Corpus':
 
 class Corpus:
   """Rows of one length of a corpus. sources: names; vocab_size, bos, eot, tokenizer_path, tokenizer_sha256: of its
-  tokenizer; chat_template: of its conversations (`chat.Template.source`), None where there are none."""
+  tokenizer; chat_template: of its conversations (`chat.Template.source`), None where there are none; contents: a key of the
+  rows of each source, by their hashes."""
 
   def __init__(self, directory: pathlib.Path, seq_len: int):
     manifest = shards.read_manifest(directory)
@@ -49,6 +50,8 @@ class Corpus:
                        f'{seq_len}: choose one of them or add it: `python -m data_pipeline.build --seq_lens={seq_len} …`')
     entries = [entry for entry in manifest['rows'] if entry['seq_len'] == seq_len]
     _check_files(directory, self.tokenizer_sha256, entries)
+    self.contents = {source: shards.key_of([entry['xxh3'] for entry in entries if entry['source'] == source])
+                     for source in self.sources}
     self._tables = {(source, split): _Table(directory, [
       entry for entry in entries if (entry['source'], entry['split']) == (source, split)])
       for source in self.sources for split in ('train', 'validation')}

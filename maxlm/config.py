@@ -15,6 +15,7 @@ import jax
 from maxlm.checkpoint import CheckpointConfig
 from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
+from maxlm.health import HealthConfig
 from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.mla import MlaSpec
 from maxlm.layers.mlp import MlpSpec
@@ -52,6 +53,7 @@ class Experiment:
   spikes: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
   evals: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
   tokens: int
   microbatches: int = 1
   seed: int = 0

@@ -69,7 +69,8 @@ class Generator:
     state = self._read(params, *rows, key, max_tokens=max_tokens)
     for stop in [*range(ASK_EVERY, max_tokens, ASK_EVERY), max_tokens] if enough else [max_tokens]:
       state = self._write(params, state, key, stop)
-      written = [cut(row[:int(state.i)], self.eos) for row in np.asarray(state.out_BT).tolist()]
+      out = np.asarray(jax.reshard(state.out_BT, jax.P()))  # the rows of other hosts too
+      written = [cut(row[:int(state.i)], self.eos) for row in out.tolist()]
       if enough:
         done_B |= [len(row) < state.i or enough(row) for row in written]
         if done_B.all():

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,12 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+  """A line for people, on stderr of the first process."""
+  if is_first():
+    print(text, file=sys.stderr, flush=True)
+
+
 def barrier(name: str) -> None:
   """Returns when every process has come here."""
   if distributed.global_state.client is not None:
@@ -81,14 +88,15 @@ def agree(name: str, function: Callable[[], Any]) -> Any:
   return value
 
 
-def check_equal(facts: dict[str, str]) -> None:
-  """ValueError on every process where one of these facts differs between them; it names the fact and the processes.
+def check_equal(of_mine: Callable[[], dict[str, str]]) -> None:
+  """ValueError on every process where one of the facts that of_mine() says differs between them; it names the fact and the
+  processes. Alone, a process does not ask.
 
   A gang of unequal programs does not fail: it hangs, or trains on something nobody asked for.
   """
   if jax.process_count() == 1:
     return
-  client, name = distributed.global_state.client, f'maxlm/facts/{_unique("facts")}'
+  facts, client, name = of_mine(), distributed.global_state.client, f'maxlm/facts/{_unique("facts")}'
   client.key_value_set(f'{name}/{jax.process_index()}', json.dumps(facts))
   barrier('facts')
   of_all = {int(key.rpartition('/')[2]): json.loads(value) for key, value in client.key_value_dir_get(name)}

@@ -46,13 +46,14 @@ class MetricsWriter:
     self._board.write_event(Event(step=last + 1, wall_time=time.time(), session_log=start))
     self._synced_at = 0.0
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
+  def write(self, step: int, values: Mapping[str, float], **facts: str) -> None:
+    """facts: what is no number, for metrics.jsonl alone."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
 
     now = time.time()
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    self._file.write(json.dumps({'step': step, 'time': round(now, 3), **finite}, allow_nan=False) + '\n')
+    self._file.write(json.dumps({'step': step, 'time': round(now, 3), **finite, **facts}, allow_nan=False) + '\n')
     scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
     self._board.write_event(Event(step=step, wall_time=now, summary=Summary(value=scalars)))
     if now - self._synced_at > 10:

@@ -8,6 +8,7 @@ adapters of LoRA, which stay where they are.
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import json
 import os
@@ -21,11 +22,14 @@ import jax
 import numpy as np
 
 from data_pipeline import loader, shards
-from maxlm import lora, typed_json
-from maxlm.checkpoint import Checkpoints, find, lineage, parse
+from maxlm import hosts, lora, typed_json
+from maxlm.checkpoint import Checkpoints, Damaged, find, lineage, parse
 from maxlm.config import Experiment, describe
+from maxlm.data import mixture
+from maxlm.hosts import say
 from maxlm.models.decoder import Decoder, DecoderConfig
 from maxlm.restore import COMPANIONS, base_of, load_params, model_of
+from maxlm.spikes import Skips
 from maxlm.step import StepConfig, TrainState, begin, init_state
 
 OF_THE_WORKDIR = ('model.', 'data.', 'seed', 'init_', 'lora', 'optim.freeze')  # keys that a rerun may not change
@@ -50,9 +54,9 @@ def settle(config: Experiment, workdir: Path) -> tuple[Experiment, Parent | None
 
   ValueError or FileNotFoundError, in one line, where there is no such model.
   """
-  own, parent = Checkpoints(workdir / 'checkpoints'), None
-  if (step := own.latest()) is not None:
-    model = model_of(own.meta(step))
+  parent, meta = None, newest_meta(Checkpoints(workdir / 'checkpoints'))
+  if meta is not None:
+    model = model_of(meta)
   elif config.init_from:
     parent = find_parent(config.init_from, workdir)
     model = model_of(parent.meta)
@@ -66,6 +70,22 @@ def settle(config: Experiment, workdir: Path) -> tuple[Experiment, Parent | None
     for name, before, after in differences(model, config.model, DecoderConfig):
       say(f'changed  model.{name}: {before} -> {after}')
   return config, parent
+
+
+def newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
+  """What was saved with the newest checkpoint that can be read, None if there is none. Damaged ones are set aside."""
+  while (step := hosts.agree('newest', checkpoints.latest)) is not None:
+    try:
+      return checkpoints.meta(step)
+    except Damaged as error:
+      set_aside(checkpoints, step, error)
+  return None
+
+
+def set_aside(checkpoints: Checkpoints, step: int, error: Damaged) -> None:
+  """Gives up a damaged checkpoint for the one before it. ValueError where it is the only one."""
+  checkpoints.set_aside(step, str(error))
+  say(f'DAMAGED  {error}\n         it is set aside, and the run goes on from the checkpoint before it')
 
 
 def find_parent(init_from: str, workdir: Path) -> Parent:
@@ -103,10 +123,15 @@ def open_corpus(config: Experiment, model: Path | None) -> loader.Corpus:
   directory, seq_len = config.data.corpus, config.data.seq_len
   command = ['-m', 'data_pipeline.build', f'--recipe={config.data.recipe or "…"}', f'--out={directory}',
              f'--seq_lens={seq_len}', *([f'--tokenizer={model}'] if model else [])]
-  if config.data.recipe and not (Path(directory) / 'manifest.json').exists():
-    say(f'corpus   {directory} is not there: building it with recipe {config.data.recipe!r}')
-    if subprocess.run([sys.executable, *command], check=False).returncode:
-      raise ValueError(f'the corpus was not built: see the lines above; again with: python {" ".join(command)}')
+
+  def build():
+    if config.data.recipe and not (Path(directory) / 'manifest.json').exists():
+      say(f'corpus   {directory} is not there: building it with recipe {config.data.recipe!r}')
+      if subprocess.run([sys.executable, *command], check=False).returncode:
+        raise ValueError(f'the corpus was not built: see the lines above; again with: python {" ".join(command)}')
+
+  hosts.agree('corpus', build)
+  build()  # by hosts that do not see the first one's disk
   corpus = loader.open_corpus(directory, seq_len)
   if model and not (model / 'tokenizer.json').is_file():
     raise FileNotFoundError(f'the model in {model} came without tokenizer.json: put the file into that directory')
@@ -123,8 +148,9 @@ def open_corpus(config: Experiment, model: Path | None) -> loader.Corpus:
 
 
 def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, checkpoints: Checkpoints,
-                    corpus: loader.Corpus, parent: Parent | None) -> tuple[TrainState, dict[str, Any]]:
-  """The state of the newest checkpoint, or that before the first step, and what is saved beside it.
+                    corpus: loader.Corpus, parent: Parent | None) -> tuple[TrainState, dict[str, Any], Skips]:
+  """The state of the newest whole checkpoint, or that before the first step; what is saved beside it; and which batches
+  the run leaves out.
 
   ValueError where the workdir or the parent is of another kind than the config.
   """
@@ -132,26 +158,70 @@ def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, 
   like = jax.eval_shape(functools.partial(init_state, step_config), key)
   say(describe(config, jax.default_backend(), sum(w.size for w in jax.tree.leaves(like.params))))
   meta = {'config': typed_json.encode(config, Experiment), 'tokenizer': corpus.tokenizer_sha256, 'bos': corpus.bos,
-          'eot': corpus.eot}
-  step = checkpoints.latest()
-  if step is None and parent is None:
-    return jax.jit(functools.partial(init_state, step_config))(key), {**meta, 'lineage': lineage()}
-  if step is None:
-    say(f'start    from step {parent.step:,} of {parent.workdir}')
-    return from_parent(config, step_config, parent, like, key), {**meta, **inheritance(parent, workdir)}
-  saved = checkpoints.meta(step)
-  check_same_run(workdir, saved['config'], config)
-  if saved['tokenizer'] != meta['tokenizer']:
-    raise ValueError(f'{workdir} was begun with another tokenizer than that of {corpus.directory}: '
-                     'give a new --workdir, or the old --config.data.corpus')
-  if step > config.n_steps:
-    raise ValueError(f'{workdir} is at step {step:,}, past the {config.n_steps:,} steps of this config: '
-                     'raise --config.tokens')
-  params, opt = checkpoints.restore(step, what_is_saved(like.params), like.opt)
+          'eot': corpus.eot, 'skips': [],
+          'rows': {source: corpus.contents[source] for source in mixture(config.data, corpus).sources}}
+  skips = hosts.agree('rewinds', functools.partial(read_rewinds, workdir))
+  undo(checkpoints, Skips.of_json(skips))
+  while (saved := newest_meta(checkpoints)) is not None:
+    step = saved['step']
+    check_same_run(workdir, saved, {**meta, 'corpus': corpus.directory}, config)
+    if step > config.n_steps:
+      raise ValueError(f'{workdir} is at step {step:,}, past the {config.n_steps:,} steps of this config: '
+                       'raise --config.tokens')
+    try:
+      state = restore(config, checkpoints, step, like, saved)
+    except Damaged as error:
+      set_aside(checkpoints, step, error)
+      continue
+    say(f'resumed  at step {step:,} from {workdir}')
+    skips = max(skips, saved['skips'], key=len)
+    return state, {**saved, **meta, 'skips': skips}, Skips.of_json(skips)
+  hosts.agree('begin', functools.partial((workdir / 'rewinds.json').unlink, missing_ok=True))  # of a run that was removed
+  if parent is None:
+    state = jax.jit(functools.partial(init_state, step_config))(key)
+    return state, {**meta, 'lineage': hosts.agree('run', lineage)}, Skips()
+  say(f'start    from step {parent.step:,} of {parent.workdir}')
+  heritage = hosts.agree('run', functools.partial(inheritance, parent, workdir))
+  return from_parent(config, step_config, parent, like, key), {**meta, **heritage}, Skips()
+
+
+def restore(config: Experiment, checkpoints: Checkpoints, step: int, like: TrainState, saved: dict[str, Any]) -> TrainState:
+  """The state that was saved after a step, verified. `Damaged` where it is not what was saved. saved: its meta."""
+  params, opt, recent = checkpoints.restore(step, what_is_saved(like.params), like.opt, recent=like.recent)
   if config.lora is not None:
     params = lora.assemble(like.params, load_params(*base_of(checkpoints, saved)), params)
-  say(f'resumed  at step {step:,} from {workdir}')
-  return TrainState(step=jax.device_put(np.int32(step), jax.P()), params=params, opt=opt), {**saved, **meta}
+  return TrainState(step=jax.device_put(np.int32(step), jax.P()), params=params, opt=opt, recent=recent)
+
+
+# -- a rewind: the list of them is in WORKDIR/rewinds.json as soon as one is decided, and in every later checkpoint
+
+
+def read_rewinds(workdir: Path) -> list:
+  """The rewinds of the run, as `Skips.to_json` has them. ValueError if the file is none."""
+  path = workdir / 'rewinds.json'
+  if not path.exists():
+    return []
+  try:
+    return Skips.of_json(json.loads(path.read_text())).to_json()
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}): write the "skips" of the newest checkpoint there') from error
+
+
+def write_rewinds(workdir: Path, skips: Skips) -> None:
+  with writing_to(workdir):
+    write_atomically(workdir / 'rewinds.json', json.dumps(skips.to_json(), indent=1) + '\n')
+
+
+def undo(checkpoints: Checkpoints, skips: Skips) -> None:
+  """Removes the checkpoints of steps that the newest rewind undid, also where a kill came between the two."""
+  def is_undone(step):
+    try:
+      return skips.undid(step, Skips.of_json(checkpoints.meta(step)['skips']))
+    except Damaged:
+      return True
+
+  for step in hosts.agree('undone', lambda: [*filter(is_undone, checkpoints.steps())]) if skips.rewinds else ():
+    checkpoints.remove(step)
 
 
 def from_parent(config: Experiment, step_config: StepConfig, parent: Parent, like: TrainState, key: jax.Array) -> TrainState:
@@ -180,6 +250,8 @@ def what_is_saved(params: Decoder) -> Any:
 
 def write_description(config: Experiment, workdir: Path, corpus: loader.Corpus, parent: Parent | None) -> None:
   """Writes what makes the workdir all that using the model needs: config, tokenizer, and what else belongs to it."""
+  if not hosts.is_first():
+    return
   with writing_to(workdir):
     for name in COMPANIONS if parent else ():
       if (parent.workdir / name).is_file():
@@ -190,13 +262,18 @@ def write_description(config: Experiment, workdir: Path, corpus: loader.Corpus, 
     write_atomically(workdir / 'config.json', typed_json.dumps(config))
 
 
-def check_same_run(workdir: Path, saved: dict, config: Experiment) -> None:
-  """ValueError where what belongs to a workdir is not as in its saved config (JSON); says what else has changed."""
-  for name, before, after in differences(saved, config, Experiment):
+def check_same_run(workdir: Path, saved: dict, now: dict, config: Experiment) -> None:
+  """ValueError where what belongs to a workdir is not as it was saved: the config (JSON), and where they are known the
+  tokenizer and the rows of the corpus. Says what else of the config has changed."""
+  for name, before, after in differences(saved['config'], config, Experiment):
     if name.startswith(OF_THE_WORKDIR) and name not in MAY_MOVE:
       raise ValueError(f'{workdir} was begun with {name}={before} and this config has {after}: '
                        'give a new --workdir, or set it back')
     say(f'changed  {name}: {before} -> {after}')
+  for what, name in (('tokenizer', 'another tokenizer'), ('rows', 'other rows')):
+    if what in now and saved[what] != now[what]:
+      raise ValueError(f'{workdir} was begun with {name} than {now["corpus"]} has: give a new --workdir, or the old '
+                       '--config.data.corpus')
 
 
 def differences(before, after, cls: type) -> list[tuple[str, Any, Any]]:
@@ -208,11 +285,33 @@ def differences(before, after, cls: type) -> list[tuple[str, Any, Any]]:
 
 def is_done(workdir: Path, config: Experiment) -> bool:
   """Whether the run has ended with as many steps as are asked for. ValueError if it was another run."""
-  done = workdir / 'DONE'
-  if not done.exists() or json.loads(done.read_text())['steps'] < config.n_steps:
+  def steps_done():
+    return json.loads((workdir / 'DONE').read_text())['steps'] if (workdir / 'DONE').exists() else 0
+
+  if hosts.agree('done', steps_done) < config.n_steps:
     return False
-  check_same_run(workdir, json.loads((workdir / 'config.json').read_text()), config)
+  check_same_run(workdir, {'config': json.loads((workdir / 'config.json').read_text())}, {}, config)
   return True
+
+
+@contextlib.contextmanager
+def held(workdir: Path):
+  """The workdir, held against a second run in it while the context lasts. ValueError if one is there."""
+  def lock():
+    with writing_to(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
+    directory = os.open(workdir, os.O_RDONLY)
+    stack.callback(os.close, directory)
+    try:
+      fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill lets it go
+    except BlockingIOError as error:
+      raise ValueError(f'another process is running in {workdir}: wait for it, end it, or give another --workdir') from error
+    except OSError as error:
+      say(f'warning  {workdir} is on a file system without locks ({error.strerror}): nothing keeps a second run out of it')
+
+  with contextlib.ExitStack() as stack:
+    hosts.agree('workdir', lock)
+    yield
 
 
 # -- small things
@@ -234,7 +333,3 @@ def write_atomically(path: Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(partial, path)
-
-
-def say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)

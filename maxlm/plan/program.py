@@ -19,12 +19,13 @@ from jax.sharding import Mesh, NamedSharding
 from data_pipeline.pack import FIELDS
 from maxlm.compiler import options
 from maxlm.config import Experiment, validate
+from maxlm.hosts import say
 from maxlm.layers.moe import MoeSpec
 from maxlm.ops.exchange import buffer_rows
 from maxlm.plan.memory import Memory, does_not_fit, memory_of
 from maxlm.plan.topology import Topology
 from maxlm.sharding import axis_size, make_mesh, spec
-from maxlm.start import say, write_atomically
+from maxlm.start import write_atomically
 from maxlm.step import TrainState, eval_step, init_state, train_step
 
 IMBALANCE = 1.2  # tokens of the fullest device's experts over the mean, that a balanced router is assumed to leave

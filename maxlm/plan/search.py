@@ -16,13 +16,13 @@ from typing import Any
 import jax
 
 from maxlm.config import Experiment, validate
+from maxlm.hosts import say
 from maxlm.layers.moe import MoeSpec
 from maxlm.plan import program, report
 from maxlm.plan.hardware import GiB
 from maxlm.plan.network import network_of
 from maxlm.plan.topology import Topology
 from maxlm.sharding import AXES, MeshConfig, abstract_mesh
-from maxlm.start import say
 from maxlm.step import init_state
 
 POLICIES = ('none', 'products', 'attention', 'full')
