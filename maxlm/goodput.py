@@ -63,7 +63,7 @@ def table(account: Account, name: str) -> str:
     began = datetime.datetime.fromtimestamp(attempt.start, datetime.UTC)
     steps = '' if attempt.resumed is None else f'{attempt.resumed:,} to {attempt.done:,}'
     lines.append(f'{attempt.name:<10}{began:%Y-%m-%d %H:%M:%S}  {duration(attempt.end - attempt.start):<10} {steps:<22} '
-                 f'{attempt.how or "no word: killed, or still running"}')
+                 f'{attempt.how or ("killed" if attempt is not account.attempts[-1] else "not yet, or killed")}')
   if account.events:
     counts = {}
     for event in account.events:
@@ -95,8 +95,9 @@ def svg(account: Account, title: str) -> str:
     y += LANE + GAP
   marks = [f'<g><title>{escape(_fact(event))}</title><path d="M{LEFT + (event["at"] - start) * scale:.1f} 118 l4 -8 h-8 z" '
            f'fill="#222"/></g>' for event in account.events]
-  ruler = [f'<text x="{LEFT + i / 10 * room:.0f}" y="{y + 10}" font-size="10" text-anchor="middle" fill="#666">'
-           f'{duration(i / 10 * room / scale)}</text>' for i in range(11)]
+  anchors = [*['middle'] * 10, 'end']
+  ruler = [f'<text x="{LEFT + i / 10 * room:.0f}" y="{y + 10}" font-size="10" text-anchor="{anchor}" fill="#666">'
+           f'{duration(i / 10 * room / scale)}</text>' for i, anchor in enumerate(anchors)]
   legend = [f'<rect x="{LEFT + i * 100}" y="34" width="12" height="12" fill="{colour}"/>'
             f'<text x="{LEFT + i * 100 + 18}" y="45" font-size="12">{category}</text>'
             for i, (category, colour) in enumerate(COLOURS.items())]

@@ -300,7 +300,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_says_where_the_time_went(workdir):
   ran = run_command(str(workdir), f'--plot={workdir}/plot.html')
   assert ran.returncode == 0, ran.stderr
-  for part in ('2 attempts, 4m 10s', 'goodput 58.', 'idle', 'lost', '0 to 110', '100 to 150', 'SIGTERM', 'no word',
+  for part in ('2 attempts, 4m 10s', 'goodput 58.', 'idle', 'lost', '0 to 110', '100 to 150', 'SIGTERM', 'killed',
                "1 x rewind <b>"):
     assert part in ran.stdout, ran.stdout
   picture = (workdir / 'plot.html').read_text()
