@@ -31,7 +31,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from maxlm import digest, flags, hosts, storage
@@ -163,6 +162,11 @@ class Checkpoints:
     """The dtype that each parameter of a step is stored in."""
     return {name: jnp.dtype(dtype) for name, (dtype, _, _) in self._recorded(step)['arrays']['params'].items()}
 
+  def digests(self, step: int) -> dict[str, dict[str, str]]:
+    """{'params': {leaf name: 16 hex digits}, 'opt': …}: what was saved, without reading it. Equal for equal bits."""
+    return {item: {name: digits for name, (_, _, digits) in leaves.items()}
+            for item, leaves in self._recorded(step)['arrays'].items()}
+
   def restore_params(self, step: int, like):
     """The parameters of a step, as a tree like `like`: see `restore`."""
     return self._restore(step, {'params': like})['params']
@@ -196,14 +200,16 @@ class Checkpoints:
     else the step counts as verified."""
     self.meta(step)
     record, n_bytes = self._recorded(step)['arrays'], 0
-    for item, leaves in record.items():
-      part = {}
-      for i, (name, (dtype, shape, _)) in enumerate(leaves.items()):
-        part[name] = _everywhere(tuple(shape), _dtype(dtype))
-        if i == len(leaves) - 1 or sum(leaf.size * leaf.dtype.itemsize for leaf in part.values()) >= VERIFY_BYTES:
-          loaded = self._verified(step, record, {item: part}, partial=True)
-          n_bytes += sum(leaf.nbytes for leaf in loaded[item].values())
-          part, loaded = {}, None
+    mesh = jax.make_mesh((jax.local_device_count(),), ('all',), devices=jax.local_devices())
+    with jax.set_mesh(mesh):
+      for item, leaves in record.items():
+        part = {}
+        for i, (name, (dtype, shape, _)) in enumerate(leaves.items()):
+          part[name] = _split_over(mesh, tuple(shape), _dtype(dtype))
+          if i == len(leaves) - 1 or sum(leaf.size * leaf.dtype.itemsize for leaf in part.values()) >= VERIFY_BYTES:
+            loaded = self._verified(step, record, {item: part}, partial=True)
+            n_bytes += sum(leaf.nbytes for leaf in loaded[item].values())
+            part, loaded = {}, None
     self._remember(step)
     return sum(map(len, record.values())), n_bytes
 
@@ -386,12 +392,10 @@ def _target(leaf, stored: str) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, _dtype(stored), sharding=sharding)
 
 
-def _everywhere(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-  """An array split over all devices of this process along its first dimension that can be, or on one of them."""
-  devices = jax.local_devices()
-  mesh = jax.sharding.Mesh(np.array(devices), 'all')
-  dim = next((dim for dim, size in enumerate(shape) if size and size % len(devices) == 0), None)
-  spec = jax.P() if dim is None else jax.P(*[None] * dim, 'all')
+def _split_over(mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+  """An array split over the one axis of the mesh along its first dimension that can be; or whole on each device."""
+  dim = next((dim for dim, size in enumerate(shape) if size and size % mesh.size == 0), None)
+  spec = jax.P() if dim is None else jax.P(*[None] * dim, mesh.axis_names[0])
   return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
 
