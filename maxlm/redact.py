@@ -32,14 +32,14 @@ _FORMS = re.compile('|'.join((
   r'hf_[A-Za-z0-9]{20,}'  # Hugging Face
   r'|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}'
   r'|AIza[\w-]{30,}|ya29\.[\w-]{20,}'  # Google
-  r'|sk-(?=[A-Za-z_-]*\d)[\w-]{20,}'  # OpenAI, Anthropic
+  r'|sk-(?=[A-Za-z_-]{0,40}\d)[\w-]{20,}'  # OpenAI, Anthropic
   r'|xox[a-z]-[A-Za-z0-9-]{10,}'  # Slack
   r'|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])'  # Amazon
   r'|wandb_v\d_\w{20,}'
-  r'|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*'  # JSON web tokens
   r')',
-  r'(?<=://)[^\s/@"\']*:[^\s/"\']*(?=@)',  # user:password@ in a URL
-  r'(?<=[Bb]earer )[\w.~+/-]{16,}=*',
+  r'(?<![\w-])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*',  # JSON web tokens
+  r'(?:(?<=://)|(?<=\w:/))[^\s/@"\']*:[^\s/"\']*(?=@)',  # user:password@ in a URL, of which a path has one slash only
+  r'(?<=[Bb]earer )[\w.~+/=-]{16,}',
   r'(?:(?<=wandb)|(?<=WANDB))(?P<between>[^\n]{0,40}?)(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])')), re.DOTALL)
 
 

@@ -25,7 +25,7 @@ class TrainState:
   step: jax.Array  # int32: steps done
   params: Decoder  # fp32 master weights
   opt: optax.OptState  # of what is trained (`maxlm.trained`)
-  recent: spikes.Recent = dataclasses.field(default_factory=lambda: spikes.no_steps(spikes.SpikeConfig()))
+  recent: spikes.Recent  # the last losses and gradient norms, which decide whether a step is taken
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

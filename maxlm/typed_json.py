@@ -8,7 +8,7 @@ looked up only among the classes of that union: no registry, nothing is imported
 
 import dataclasses
 import json
-import math
+import sys
 import types
 import typing
 from typing import Any, Literal, Union
@@ -40,7 +40,7 @@ def encode(value, annotation, path: str = ''):
     if origin in (bool, int, str) and type(value) is origin:
       return value
     if origin is float and type(value) in (int, float):
-      if not math.isfinite(value):
+      if not _is_finite(value):
         raise ValueError(f'{path}: {value} is not a finite number')
       return float(value)
     if origin in (tuple, list) and type(value) is origin:
@@ -68,7 +68,7 @@ def decode(plain, annotation, path: str = ''):
       return plain
     if origin in (bool, int, str) and type(plain) is origin:
       return plain
-    if origin is float and type(plain) in (int, float) and math.isfinite(plain):
+    if origin is float and type(plain) in (int, float) and _is_finite(plain):
       return float(plain)
     if origin in (tuple, list) and type(plain) in (tuple, list):
       kinds = _item_types(option, len(plain), path)
@@ -108,7 +108,7 @@ def _decode_dataclass(plain: dict[str, Any], classes: list[type], path: str):
   if len(classes) > 1:
     by_name = {cls.__name__: cls for cls in classes}
     name = given.pop('type', None)
-    if name not in by_name:
+    if type(name) is not str or name not in by_name:
       raise ValueError(f'{_join(path, "type")}: expected {" or ".join(map(repr, by_name))}, got {name!r}')
     cls = by_name[name]
   hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
@@ -119,6 +119,10 @@ def _decode_dataclass(plain: dict[str, Any], classes: list[type], path: str):
     if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
       raise ValueError(f'{_join(path, field.name)}: missing key of {cls.__name__}')
   return cls(**{name: decode(given[name], hints[name], _join(path, name)) for name in names if name in given})
+
+
+def _is_finite(number: int | float) -> bool:
+  return abs(number) <= sys.float_info.max  # an int may be larger than any float
 
 
 def _options(annotation) -> tuple:
