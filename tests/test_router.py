@@ -19,7 +19,7 @@ from maxlm.lora import LoraConfig
 from maxlm.losses import LossConfig, router_metrics, router_sums
 from maxlm.models.decoder import DecoderConfig, LayerSpec
 from maxlm.step import StepConfig, begin, gradients, init_state, train_step
-from maxlm.train import router_values
+from maxlm.steplog import router_values
 from tests.models import assert_same_gradients, perturbed
 from tests.rows import random_batch
 
