@@ -60,11 +60,11 @@ class Ledger:
     self._thread.start()
 
   def enter(self, phase: str, at: float | None = None) -> None:
-    """The running phase ends and this one begins. Costs about a microsecond. at: when it did, before the ledger was opened
-    (time.monotonic())."""
+    """The running phase ends and this one begins. Costs about a microsecond. at: when it did (time.monotonic()), for the
+    phases from before the ledger was opened: they are to be told at once after it, in their order."""
     assert phase in PHASES, phase
     self._mark('phase', phase, at)
-    if phase not in OFTEN and not self._closed:
+    if phase not in OFTEN and at is None and not self._closed:  # not yet: the thread would give the next ones' time to this
       self._wake.set()
 
   def resumed(self, step: int) -> None:

@@ -204,6 +204,18 @@ def test_attempts_of_one_process_share_its_time(tmp_path):
   assert account.wall == pytest.approx(process_age(), abs=SLACK) and set(nonzero(account)) <= {'init', 'idle'}
 
 
+def test_phases_from_before_the_ledger_was_opened_have_their_time(tmp_path):
+  now, age = time.monotonic(), process_age()
+  with Ledger(tmp_path / 'goodput.jsonl') as ledger:
+    for phase, at in ('init', now - 0.9 * age), ('restore', now - 0.6 * age), ('init', now - 0.1 * age):
+      ledger.enter(phase, at)
+      time.sleep(0.05)  # the thread could run
+    ledger.enter('compile')
+  seconds = read(tmp_path / 'goodput.jsonl').seconds
+  assert seconds['restore'] == pytest.approx(0.5 * age, abs=SLACK)
+  assert seconds['init'] == pytest.approx(0.5 * age, abs=0.2 + SLACK)
+
+
 def test_a_rewind_and_an_event_are_recorded(tmp_path):
   with Ledger(tmp_path / 'goodput.jsonl') as ledger:
     ledger.resumed(0)
