@@ -159,7 +159,7 @@ def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, 
   say(describe(config, jax.default_backend(), sum(w.size for w in jax.tree.leaves(like.params))))
   meta = {'config': typed_json.encode(config, Experiment), 'tokenizer': corpus.tokenizer_sha256, 'bos': corpus.bos,
           'eot': corpus.eot, 'skips': [],
-          'rows': {source: corpus.contents[source] for source in mixture(config.data, corpus).sources}}
+          'rows': {source: corpus.contents.get(source) for source in mixture(config.data, corpus).sources}}
   skips = hosts.agree('rewinds', functools.partial(read_rewinds, workdir))
   undo(checkpoints, Skips.of_json(skips))
   while (saved := newest_meta(checkpoints)) is not None:
