@@ -53,12 +53,12 @@ class Campaign:
     self.expected = outcome(job.workdir)
 
   def start(self, name: str) -> Job:
+    (self.directory / name).mkdir(exist_ok=True)
     return Job(self.directory / 'corpus', self.directory / name / 'run', *SETTINGS, processes=self.processes)
 
   def run(self, n_kills: int) -> None:
     """One run that is killed so often, if it does not end before."""
     number, name = len(self.ends), f'run{len(self.ends)}'
-    (self.directory / name).mkdir()
     for attempt in range(n_kills):
       job = self.start(name)
       phase = self.random.choice([phase for phase in PHASES if phase != 'restore' or steps_saved(job.workdir)])
@@ -135,8 +135,9 @@ def table(campaign: Campaign) -> str:
   deepest = collections.Counter(kill.run for kill in campaign.kills)
   same = sum(end == '' for end in campaign.ends)
   return '\n'.join(['  '.join(f'{cell:>10}' for cell in row) for row in rows] + [
-    f'{len(campaign.kills)} kills in {len(campaign.ends)} runs, up to {max(deepest.values(), default=0)} a run: {same} runs ended with the bits of '
-    'the undisturbed one', *(f'run {i}: {end}' for i, end in enumerate(campaign.ends) if end)])
+    f'{len(campaign.kills)} kills in {len(campaign.ends)} runs, up to {max(deepest.values(), default=0)} a run: '
+    f'{same} runs ended with the bits of the undisturbed one',
+    *(f'run {i}: {end}' for i, end in enumerate(campaign.ends) if end)])
 
 
 def main() -> int:
@@ -149,7 +150,7 @@ def main() -> int:
     campaign = Campaign(Path(directory), arguments.seed)
     while len(campaign.kills) < arguments.kills:
       before, began = len(campaign.kills), time.time()
-      campaign.run(min(campaign.random.randint(2, 5), arguments.kills - before))
+      campaign.run(min(campaign.random.randint(2, 8), arguments.kills - before))
       for kill in campaign.kills[before:]:
         out.write(json.dumps(dataclasses.asdict(kill)) + '\n')
       out.write(json.dumps({'run': len(campaign.ends) - 1, 'end': campaign.ends[-1] or 'the same bits',
