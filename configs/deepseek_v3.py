@@ -48,6 +48,6 @@ def get_config(arg: str = '') -> Experiment:
     optim=OptimConfig(peak_lr=2.2e-4, schedule='wsd', warmup_tokens=125_829_120_000, decay_tokens=4_800_000_000_000,
                       final_lr_frac=0.1),
     evals=EvalConfig(every_steps=1000, rows=2048),
-    checkpoint=CheckpointConfig(every_steps=100, keep_every=5000),
+    checkpoint=CheckpointConfig(keep_every=5000),
     tokens=14_800_000_000_000,
   )

@@ -30,6 +30,6 @@ def get_config(arg: str = '') -> Experiment:
     optim=OptimConfig(peak_lr=1e-3, schedule='wsd', warmup_tokens=1_000_000_000, decay_tokens=5_000_000_000),
     loss=LossConfig(z_loss=1e-5),
     evals=EvalConfig(every_steps=2000, rows=256),
-    checkpoint=CheckpointConfig(every_steps=500, keep_every=10_000),
+    checkpoint=CheckpointConfig(keep_every=10_000),
     tokens=25_000_000_000,
   )

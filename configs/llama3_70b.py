@@ -34,6 +34,6 @@ def get_config(arg: str = '') -> Experiment:
     optim=OptimConfig(peak_lr=1.5e-4, schedule='cosine', warmup_tokens=33_554_432_000, final_lr_frac=0.01),
     loss=LossConfig(z_loss=1e-5),
     evals=EvalConfig(every_steps=2000, rows=512),
-    checkpoint=CheckpointConfig(every_steps=250, keep_every=10_000),
+    checkpoint=CheckpointConfig(keep_every=10_000),
     tokens=15_000_000_000_000,
   )

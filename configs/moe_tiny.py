@@ -10,7 +10,6 @@ layers 1 to 3 are dead after 140 steps, and the fullest has 7 times the mean (do
 
 import dataclasses
 
-from maxlm.checkpoint import CheckpointConfig
 from maxlm.config import Experiment
 from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
@@ -37,6 +36,5 @@ def get_config(arg: str = '') -> Experiment:
     data=DataConfig(corpus='corpora/quickstart', recipe='quickstart', seq_len=256, batch_size=8),
     optim=OptimConfig(peak_lr=4e-3, warmup_tokens=45_000, decay_tokens=450_000),
     evals=EvalConfig(every_steps=200, rows=64),
-    checkpoint=CheckpointConfig(every_steps=200),
     tokens=900_000,
   )

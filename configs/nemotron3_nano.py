@@ -43,6 +43,6 @@ def get_config(arg: str = '') -> Experiment:
     optim=OptimConfig(peak_lr=1e-3, schedule='wsd', warmup_tokens=8_400_000_000, decay_tokens=5_000_000_000_000,
                       final_lr_frac=0.01),
     evals=EvalConfig(every_steps=1000, rows=512),
-    checkpoint=CheckpointConfig(every_steps=250, keep_every=5000),
+    checkpoint=CheckpointConfig(keep_every=5000),
     tokens=25_000_000_000_000,
   )

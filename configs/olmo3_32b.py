@@ -37,6 +37,6 @@ def get_config(arg: str = '') -> Experiment:
     optim=OptimConfig(peak_lr=6e-4, schedule='cosine', warmup_tokens=16_777_216_000, final_lr_frac=0.1),
     loss=LossConfig(z_loss=1e-5),
     evals=EvalConfig(every_steps=1000, rows=512),
-    checkpoint=CheckpointConfig(every_steps=250, keep_every=10_000),
+    checkpoint=CheckpointConfig(keep_every=10_000),
     tokens=5_500_000_000_000,
   )

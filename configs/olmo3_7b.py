@@ -57,7 +57,7 @@ def pretraining() -> Experiment:
     optim=OptimConfig(peak_lr=3e-4, schedule='cosine', warmup_tokens=8_388_608_000, final_lr_frac=0.1),
     loss=LossConfig(z_loss=1e-5),
     evals=EvalConfig(every_steps=1000, rows=512),
-    checkpoint=CheckpointConfig(every_steps=250, keep_every=10_000),
+    checkpoint=CheckpointConfig(keep_every=10_000),
     tokens=5_930_000_000_000,
   )
 

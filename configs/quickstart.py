@@ -5,7 +5,6 @@
 Three sliding layers to one full layer. Figures of the last verified run are in docs/LOG.md.
 """
 
-from maxlm.checkpoint import CheckpointConfig
 from maxlm.config import Experiment
 from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
@@ -26,6 +25,5 @@ def get_config(arg: str = '') -> Experiment:
     data=DataConfig(corpus='corpora/quickstart', recipe='quickstart', seq_len=256, batch_size=8),
     optim=OptimConfig(peak_lr=4e-3, warmup_tokens=45_000, decay_tokens=450_000),
     evals=EvalConfig(every_steps=200, rows=64),
-    checkpoint=CheckpointConfig(every_steps=100),
     tokens=900_000,
   )

@@ -37,6 +37,6 @@ def get_config(arg: str = '') -> Experiment:
     optim=OptimConfig(peak_lr=4e-4, schedule='wsd', warmup_tokens=4_000_000_000, decay_tokens=200_000_000_000),
     loss=LossConfig(z_loss=1e-5),
     evals=EvalConfig(every_steps=2000, rows=512),
-    checkpoint=CheckpointConfig(every_steps=250, keep_every=10_000),
+    checkpoint=CheckpointConfig(keep_every=10_000),
     tokens=1_000_000_000_000,
   )

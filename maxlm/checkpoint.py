@@ -90,11 +90,11 @@ class Checkpoints:
     for the same step too.
     """
     self.wait()
-    if step in self.steps():
-      return
     arrays = {item: named_leaves(tree) for item, tree in {'params': params, 'opt': opt, **more}.items()}
     arrays = {item: leaves for item, leaves in arrays.items() if leaves}  # Orbax refuses empty ones: the state of plain SGD
     with self._failures_of(step):
+      if step in self.steps():
+        return
       if self._checkpointer is None:
         self._checkpointer = storage.checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes,
                                                  self.newest_verified)
@@ -141,8 +141,9 @@ class Checkpoints:
       yield
     except (OSError, ValueError) as error:  # of the file system, and of tensorstore
       self._checkpointer = self._saving = None
-      if hosts.is_first() and step not in self.steps():
-        shutil.rmtree(self.directory / str(step), ignore_errors=True)  # it takes space that the next one may need
+      with contextlib.suppress(OSError):
+        if hosts.is_first() and step not in self.steps():
+          shutil.rmtree(self.directory / str(step), ignore_errors=True)  # it takes space that the next one may need
       reason = ' '.join(str(error).split())
       if 'No space left' in reason:
         reason = 'the disk is full: free space, or keep fewer of them (--config.checkpoint.keep_last)'

@@ -34,13 +34,15 @@ class Saver:
     """hours, failures: of the run before this attempt. event: takes what happened, for the ledger."""
     self._checkpoints, self._config, self._event = checkpoints, config, event
     self._hours, self._failures, self._n_devices, self._began = hours, failures, n_devices, time.monotonic()
-    self._stalls, self._in_a_row, self._next = [], 0, first_step + FIRST
+    self._stalls, self._next = [], first_step + FIRST
+    self._failed = []  # the errors of the last saves, since one was good
     self.last = first_step  # the newest step that is saved, or on its way
 
   def is_due(self, step: int, seconds_per_step: float | None) -> bool:
     """Whether the state after that step is to be saved now: it is time to, or the save before has turned out to have failed.
     Of several processes any may notice that alone; they try again when it is time to."""
-    if self._ends_in_failure(self._checkpoints.poll) and jax.process_count() == 1:
+    self._attempt(self._checkpoints.poll)
+    if self._failed and jax.process_count() == 1:
       return True
     if self._config.keep_every is not None and step % self._config.keep_every == 0:
       return True
@@ -57,13 +59,16 @@ class Saver:
   def save(self, step: int, **what: Any) -> None:
     """Starts to save. OSError where that has failed as often in a row as `checkpoint.max_failures` allows."""
     began = time.monotonic()
-    self._ends_in_failure(self._checkpoints.wait)
-    self._ends_in_failure(lambda: self._checkpoints.save(step, **what))
-    self.last = step
+    self._attempt(self._checkpoints.wait)
+    if self._attempt(lambda: self._checkpoints.save(step, **what)):
+      self.last = step
     self._stalls = [*self._stalls[-4:], time.monotonic() - began]
 
   def close(self) -> None:
-    """Waits for the save in flight. OSError if it failed: no other will follow."""
+    """Waits for the save in flight. OSError if it failed or was never started: no other will follow."""
+    self._attempt(self._checkpoints.wait)
+    if self._failed:
+      raise self._failed[-1]
     self._checkpoints.close()
 
   def _steps_between(self, seconds_per_step: float) -> int:
@@ -71,17 +76,18 @@ class Saver:
     seconds = interval_seconds(stall, hours, self._failures, self._n_devices)
     return max(1, round(seconds / seconds_per_step))
 
-  def _ends_in_failure(self, act: Callable[[], None]) -> bool:
+  def _attempt(self, act: Callable[[], None]) -> bool:
+    """Whether it ended well. A failure is told, and raised if there were too many in a row."""
     was_saving = self._checkpoints.is_saving
     try:
       act()
     except OSError as error:
-      self._in_a_row += 1
+      self._failed.append(error)
       self._event('save failed', reason=str(error))
-      if self._in_a_row >= self._config.max_failures:
+      if len(self._failed) >= self._config.max_failures:
         raise
-      say(f'warning  {error}; failure {self._in_a_row} in a row, {self._config.max_failures} end the run: trying again')
-      return True
+      say(f'warning  {error}; failure {len(self._failed)} in a row, {self._config.max_failures} end the run: trying again')
+      return False
     if was_saving and not self._checkpoints.is_saving:
-      self._in_a_row = 0
-    return False
+      self._failed.clear()
+    return True

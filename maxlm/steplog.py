@@ -104,7 +104,7 @@ class StepLog:
 
   def goodput(self, step: int, shares: dict[str, float]) -> None:
     """Records where the time of the run has gone so far."""
-    if self._writer:
+    if self._writer and shares:
       with writing_to(self._workdir):
         self._writer.write(step, {f'goodput/{name}': round(share, 5) for name, share in shares.items()})
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from maxlm.checkpoint import Checkpoints, code_version
 from maxlm.config import Experiment, validate
 from maxlm.data import mixture, train_batches
 from maxlm.evals import Score, baselines, evaluate, total
-from maxlm.health import Health
+from maxlm.health import CorruptCopies, Health
 from maxlm.hosts import say
 from maxlm.saving import Saver
 from maxlm.sharding import make_mesh
@@ -44,11 +45,19 @@ HEARTBEAT = flags.DEFINE_integer('heartbeat_seconds', hosts.HEARTBEAT_SECONDS, '
                                  'one process, the others end too')
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from here
+EXIT_HARDWARE = 70  # a device does not compute what the others do: the same command goes on, but not on that machine
 
 
 def main(config: Experiment) -> int:
+  if '://' in WORKDIR.value:
+    raise ValueError(f'--workdir={WORKDIR.value}: records are appended to, which a bucket cannot do: mount it (gcsfuse) '
+                     'and give the path')
   hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
-  code = run(config, Path(WORKDIR.value or f'runs/{config.name}'))
+  try:
+    code = run(config, Path(WORKDIR.value or f'runs/{config.name}'))
+  except CorruptCopies as error:
+    print('error:', error, file=sys.stderr)
+    code = EXIT_HARDWARE
   hosts.shutdown()
   return code
 
