@@ -19,13 +19,13 @@ class Job:
   """Processes that train together in a workdir. What process i says is in said(i); it goes to files beside the workdir."""
 
   def __init__(self, corpus: Path, workdir: Path, *arguments: str, processes: int = 1, devices: int = 1, env=None,
-               of_process=lambda process: (), module: str = 'maxlm.train'):
-    """devices: of each process. of_process: arguments of one of them alone."""
+               of_process=lambda process: (), module: str = 'maxlm.train', heartbeat: int = HEARTBEAT, wrap=()):
+    """devices: of each process. of_process: arguments of one of them alone. wrap: words before the command."""
     name, port = f'{workdir.name}-{time.time_ns()}', free_port()
-    together = [f'--coordinator=127.0.0.1:{port}', f'--processes={processes}', f'--heartbeat_seconds={HEARTBEAT}']
+    together = [f'--coordinator=127.0.0.1:{port}', f'--processes={processes}', f'--heartbeat_seconds={heartbeat}']
     self.workdir, self._said, self.processes = workdir, [], []
     for i in range(processes):
-      command = [sys.executable, '-m', module, f'--config={ROOT}/configs/tiny.py', f'--config.data.corpus={corpus}',
+      command = [*wrap, sys.executable, '-m', module, f'--config={ROOT}/configs/tiny.py', f'--config.data.corpus={corpus}',
                  f'--workdir={workdir}', *arguments, *of_process(i)]
       command += [*together, f'--process={i}'] if processes > 1 else []
       self._said.append(workdir.with_name(f'{name}-{i}.stderr'))
