@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from configs import tiny
+from configs import moe_tiny, tiny
 from data_pipeline import loader
 from data_pipeline.mixture import MixtureSchedule
 from maxlm import flags, train, typed_json
@@ -332,6 +332,27 @@ def test_other_meshes_give_the_losses_of_one_device_also_when_resumed(reference,
     assert train.run(config, tmp_path / 'run') == train.EXIT_PREEMPTED
     assert len(losses(tmp_path / 'run')) == steps
   np.testing.assert_allclose(losses(tmp_path / 'run'), losses(reference)[:10], rtol=3e-6, atol=0)
+
+
+def test_all_that_decides_the_next_step_is_saved(corpus, tmp_path, monkeypatch):
+  """Experts that are balanced by a bias, microbatches, and the window of spikes: stopped twice, the same bits."""
+  def run(name: str, *stops: int) -> dict:
+    config = short_config(corpus)
+    config.model = moe_tiny.get_config('bias').model
+    config.model.vocab_size, config.model.n_layers = 512, 2
+    config.data.batch_size, config.microbatches = 16, 2
+    config.tokens = 12 * config.tokens_per_step
+    for after in stops:
+      with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_batches', hang_after(after))
+        assert train.run(config, tmp_path / name) == train.EXIT_PREEMPTED
+    assert train.run(config, tmp_path / name) == 0
+    return Checkpoints(tmp_path / name / 'checkpoints').digests(12)
+
+  undisturbed = run('undisturbed')
+  assert any('bias' in name for name in undisturbed['params']) and set(undisturbed) == {'params', 'opt', 'recent'}
+  assert run('stopped', 5, 2) == undisturbed
+  assert record(tmp_path / 'stopped') == record(tmp_path / 'undisturbed')
 
 
 def test_a_finished_run_goes_on_when_more_tokens_are_asked_for(short_run, corpus, tmp_path, capfd):
