@@ -74,14 +74,17 @@ def train_step(config: StepConfig, state: TrainState, batch: dict) -> tuple[Trai
   taken, spike, recent = spikes.judge(config.spikes, state.recent, loss, grad_norm)
   lr = learning_rate(config.optim, (state.step + 1).astype(jnp.float32) * config.tokens_per_step, config.total_tokens)
   rows = first_rows(config.optim, config.model, state.params)
-  trained = take(state.params, rows)
-  with jax.named_scope('optimizer'):
-    updates, opt = optimizer(config.optim).update(grads, state.opt, trained)
-    params = put(state.params, rows, jax.tree.map(lambda w, u: w - lr * u, trained, updates))
-  params = balanced(config, params, sums['routers'])
-  if config.spikes.sigmas:
-    params, opt = jax.tree.map(lambda new, old: old if new is old else jax.lax.select(taken, new, old),
-                               (params, opt), (state.params, state.opt))
+
+  def updated(params, opt):
+    trained = take(params, rows)
+    with jax.named_scope('optimizer'):
+      updates, opt = optimizer(config.optim).update(grads, opt, trained)
+      params = put(params, rows, jax.tree.map(lambda w, u: w - lr * u, trained, updates))
+    return balanced(config, params, sums['routers']), opt
+
+  # A branch, for it writes in place: to select between the old and the new moments costs a copy of both.
+  params, opt = (jax.lax.cond(taken, updated, lambda *state: state, state.params, state.opt) if config.spikes.sigmas else
+                 updated(state.params, state.opt))
   metrics = {
     'loss': loss,
     'loss_by_source': sums['nll_by_source'] / jnp.maximum(sums['tokens_by_source'], 1),

@@ -127,8 +127,8 @@ def test_a_step_keeps_the_types_of_the_state(mesh_of):
     new, _ = jax.eval_shape(functools.partial(train_step, step_config()), state, to_device(uneven_batch()))
   assert isinstance(new, TrainState) and jax.tree.structure(new) == jax.tree.structure(state)
   for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new)):
-    old_spec = old.sharding.spec if old.sharding else jax.P()  # of scalars
-    assert (old.shape, old.dtype, old_spec) == (leaf.shape, leaf.dtype, leaf.sharding.spec)
+    specs = [s.sharding.spec if s.sharding else jax.P() for s in (old, leaf)]  # of scalars it may be None
+    assert (old.shape, old.dtype, specs[0]) == (leaf.shape, leaf.dtype, specs[1])
 
 
 def test_evaluation_sums_nll_tokens_and_bytes_of_real_positions(mesh_of):
