@@ -21,6 +21,8 @@ from typing import Any
 import jax
 from jax._src import distributed  # its key-value store and barriers have no public name
 
+from maxlm.redact import redact
+
 START_SECONDS = 1800  # hosts of a gang come up minutes apart
 HEARTBEAT_SECONDS = 100  # without one for so long, a host is dead, and JAX ends the others (SIGABRT)
 BARRIER_SECONDS = 3600  # the slowest compile, the largest corpus
@@ -60,7 +62,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
   """A line for people, on stderr of the first process."""
   if is_first():
-    print(text, file=sys.stderr, flush=True)
+    print(redact(text), file=sys.stderr, flush=True)
 
 
 def barrier(name: str) -> None:

@@ -28,11 +28,13 @@ from maxlm.config import Experiment, describe
 from maxlm.data import mixture
 from maxlm.hosts import say
 from maxlm.models.decoder import Decoder, DecoderConfig
+from maxlm.redact import redact_json
 from maxlm.restore import COMPANIONS, base_of, load_params, model_of
 from maxlm.spikes import Skips
 from maxlm.step import StepConfig, TrainState, begin, init_state
 
-OF_THE_WORKDIR = ('model.', 'data.', 'seed', 'init_', 'lora', 'optim.freeze')  # keys that a rerun may not change
+# Keys that a rerun may not change.
+OF_THE_WORKDIR = ('model.', 'data.', 'seed', 'init_', 'lora', 'optim.freeze', 'spikes.window')
 MAY_MOVE = ('data.corpus', 'data.recipe')
 
 
@@ -157,7 +159,7 @@ def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, 
   key = jax.random.key(config.seed)
   like = jax.eval_shape(functools.partial(init_state, step_config), key)
   say(describe(config, jax.default_backend(), sum(w.size for w in jax.tree.leaves(like.params))))
-  meta = {'config': typed_json.encode(config, Experiment), 'tokenizer': corpus.tokenizer_sha256, 'bos': corpus.bos,
+  meta = {'config': as_saved(config), 'tokenizer': corpus.tokenizer_sha256, 'bos': corpus.bos,
           'eot': corpus.eot, 'skips': [],
           'rows': {source: corpus.contents.get(source) for source in mixture(config.data, corpus).sources}}
   skips = hosts.agree('rewinds', functools.partial(read_rewinds, workdir))
@@ -259,13 +261,13 @@ def write_description(config: Experiment, workdir: Path, corpus: loader.Corpus, 
     if corpus.chat_template is not None:
       write_atomically(workdir / 'chat_template.jinja', corpus.chat_template)
     write_atomically(workdir / 'tokenizer.json', corpus.tokenizer_path.read_text(encoding='utf-8'))
-    write_atomically(workdir / 'config.json', typed_json.dumps(config))
+    write_atomically(workdir / 'config.json', json.dumps(as_saved(config), indent=2, allow_nan=False) + '\n')
 
 
 def check_same_run(workdir: Path, saved: dict, now: dict, config: Experiment) -> None:
   """ValueError where what belongs to a workdir is not as it was saved: the config (JSON), and where they are known the
   tokenizer and the rows of the corpus. Says what else of the config has changed."""
-  for name, before, after in differences(saved['config'], config, Experiment):
+  for name, before, after in differences(saved['config'], as_saved(config), Experiment):
     if name.startswith(OF_THE_WORKDIR) and name not in MAY_MOVE:
       raise ValueError(f'{workdir} was begun with {name}={before} and this config has {after}: '
                        'give a new --workdir, or set it back')
@@ -274,6 +276,11 @@ def check_same_run(workdir: Path, saved: dict, now: dict, config: Experiment) ->
     if what in now and saved[what] != now[what]:
       raise ValueError(f'{workdir} was begun with {name} than {now["corpus"]} has: give a new --workdir, or the old '
                        '--config.data.corpus')
+
+
+def as_saved(config: Experiment) -> dict[str, Any]:
+  """The config as JSON, in files that others read: without secrets."""
+  return redact_json(typed_json.encode(config, Experiment))
 
 
 def differences(before, after, cls: type) -> list[tuple[str, Any, Any]]:

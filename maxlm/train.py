@@ -27,6 +27,7 @@ from maxlm.data import mixture, train_batches
 from maxlm.evals import Score, baselines, evaluate, total
 from maxlm.health import CorruptCopies, Health
 from maxlm.hosts import say
+from maxlm.redact import redact
 from maxlm.saving import Saver
 from maxlm.sharding import make_mesh
 from maxlm.spikes import Skips
@@ -92,7 +93,7 @@ def run(config: Experiment, workdir: Path) -> int:
       say(f'stopped  by {stop.requested} after {done:,} steps, all saved: the same command goes on from there')
       return health.ends('stopped', EXIT_PREEMPTED)
     if hosts.is_first():
-      print(shown)
+      print(redact(shown))
     return health.ends('finished', 0)
 
 

@@ -157,7 +157,6 @@ def test_what_the_environment_holds_is_neither_said_nor_written(told, secret):
   assert secret not in said and leaks(workdir, secret) == []
 
 
-@pytest.mark.xfail(strict=True, reason='start.py and train.py do not redact yet what they write and say of the config')
 def test_a_secret_in_a_config_value_is_neither_said_nor_written(told):
   workdir, said = told
   assert FORMS['Hugging Face'] not in said and leaks(workdir, FORMS['Hugging Face']) == []

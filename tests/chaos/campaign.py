@@ -2,8 +2,8 @@
 
     python -m tests.chaos.campaign --kills=200 --out=campaign.jsonl
 
-Each run trains on two processes. At a random moment of a random phase, one of them or both get kill -9; then the same command
-is run again, and may be killed again, until it is left alone to finish. Then the digest of every array of its last
+Each run trains on two processes. At a random moment of a random phase, one of them or both get kill -9; then the same
+command is run again, and may be killed again, until it is left alone to finish. Then the digest of every array of its last
 checkpoint, every loss and every batch must be those of the run that nobody disturbed. One line of JSON a kill, and a table.
 """
 
