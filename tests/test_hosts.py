@@ -47,16 +47,20 @@ def test_two_processes_train_what_one_does_and_one_of_them_speaks(corpus, alone,
   assert 'step ' in job.said(0) and 'step ' not in job.said(1)
 
 
-def test_one_run_on_two_processes_then_one_then_two(corpus, alone, tmp_path):
+def test_one_run_on_two_processes_then_one_then_two_on_other_meshes(corpus, alone, tmp_path):
   """The same batches at every step, and after each restore the state that was saved: restore verifies every array."""
-  workdir, on = tmp_path / 'run', {6: (2, 1), 12: (1, 1), 18: (2, 2)}
-  for step, (processes, devices) in on.items():
-    job = Job(corpus, workdir, *SHORT, processes=processes, devices=devices)
+  def on_mesh(**sizes: int) -> list[str]:
+    return [f'--config.mesh.{axis}={size}' for axis, size in ({'fsdp': 1} | sizes).items()]
+
+  workdir = tmp_path / 'run'
+  parts = {6: (2, 1, on_mesh(fsdp=2)), 12: (1, 1, on_mesh()), 18: (2, 2, on_mesh(fsdp=2, tensor=2))}
+  for step, (processes, devices, mesh) in parts.items():
+    job = Job(corpus, workdir, *SHORT, *mesh, processes=processes, devices=devices)
     job.wait_until(has_saved(workdir, step))
     job.kill()
     job.wait()
     assert 'resumed' in job.said() or step == 6
-  job = Job(corpus, workdir, *SHORT, devices=4)
+  job = Job(corpus, workdir, *SHORT, *on_mesh(data=2, context=2), devices=4)
   assert job.wait() == [0], job.told()
   assert batches(workdir) == batches(alone)
   np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
