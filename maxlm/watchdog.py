@@ -43,9 +43,11 @@ class Watchdog:
     self._dump_to, self._last_words = Path(dump_to), last_words
     self._seen = {phase: collections.deque(maxlen=200) for phase in LEARNT}
     self._phase = 'init', time.monotonic()
-    self._stopped = threading.Event()
-    self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
-    self._thread.start()
+    self._stopped, self._ending = threading.Event(), threading.Lock()
+    self._threads = [threading.Thread(target=self._watch, name='watchdog', daemon=True),
+                     threading.Thread(target=self._listen, name='watchdog listens', daemon=True)]
+    for thread in self._threads:
+      thread.start()
 
   def enter(self, phase: str) -> None:
     """The phase before ends, and this one begins; entering the running one again starts its time anew. Microseconds."""
@@ -56,11 +58,12 @@ class Watchdog:
       self._seen[before].append(now - since)
 
   def stop(self) -> None:
-    """Ends the thread; nothing fires after it."""
+    """Ends the threads; nothing fires after it."""
     self._stopped.set()
     faulthandler.cancel_dump_traceback_later()
-    if threading.current_thread() is not self._thread:
-      self._thread.join(LAST_SECONDS)
+    for thread in self._threads:
+      if threading.current_thread() is not thread:
+        thread.join(LAST_SECONDS)
 
   def __enter__(self) -> 'Watchdog':
     return self
@@ -90,12 +93,16 @@ class Watchdog:
         looked = now
         # For where even this thread cannot run any more, because native code holds the interpreter's lock.
         faulthandler.dump_traceback_later(2 * max(self._startup, self._floor), exit=True)
-        if reason := _tripped():
-          self._end(reason, tell=False)
+
+  def _listen(self) -> None:
+    """Ends with the others. In a thread of its own: where the coordinator hangs, the store never answers."""
+    while not self._stopped.wait(min(STORE_SECONDS, self._floor)):
+      if reason := _tripped():
+        self._end(reason, tell=False)
 
   def _end(self, reason: str, *, tell: bool) -> None:
     """Says what there is to say, for so long as it takes, but not longer; then the process ends."""
-    if self._stopped.is_set():
+    if self._stopped.is_set() or not self._ending.acquire(blocking=False):
       return
     speaker = threading.Thread(target=self._speak, args=(reason, tell), name='watchdog speaks', daemon=True)
     speaker.start()
@@ -107,8 +114,9 @@ class Watchdog:
     process, client = distributed.global_state.process_id, distributed.global_state.client
     if tell:
       reason = f'process {process} on {socket.gethostname()}: {reason}'
-    if tell and client is not None:
-      _set(client, f'{TRIPPED}/{process}', reason)
+    teller = threading.Thread(target=_set, args=(client, f'{TRIPPED}/{process}', reason), daemon=True)
+    if tell:  # beside the stacks: neither waits for the other
+      teller.start()
     path = self._dump_to / f'stacks-{process}-{time.strftime("%Y%m%d-%H%M%S")}.txt'
     print(f'watchdog: {reason}; the stacks follow, and are in {path}; exit {EXIT_HUNG}', file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -120,8 +128,10 @@ class Watchdog:
       print(f'watchdog: {path}: {error.strerror}', file=sys.stderr, flush=True)
     if self._last_words is not None:
       self._last_words(f'hung: {reason}')
+    if tell:
+      teller.join()
+    _set(client, f'{DUMPED}/{process}', '')
     if client is not None:
-      _set(client, f'{DUMPED}/{process}', '')
       # With the first process ends the store, and with that, at once, every process that has not come to its stacks.
       while process == 0 and len(client.key_value_dir_get(DUMPED)) < distributed.global_state.num_processes:
         time.sleep(POLL_SECONDS)
@@ -139,6 +149,7 @@ def _tripped() -> str | None:
 
 def _set(client, key: str, value: str) -> None:
   try:
-    client.key_value_set(key, value)
+    if client is not None:
+      client.key_value_set(key, value)
   except RuntimeError as error:  # the coordinator is gone: nobody can be told
     print(f'watchdog: {str(error).splitlines()[0]}', file=sys.stderr, flush=True)

@@ -6,8 +6,8 @@
     empty: n                    batch n has no target that counts, so that the loss is 0 / 0
     clock: [[n, s], …]          from the n-th look at it on, the wall clock is s seconds off
     kill_at: 'undo'             kill -9 when a rewind is written down, and before the checkpoints that it undoes are removed
-    stop_at: place              SIGTERM to process `process` (0) in call number `call` (1): restore, evaluation, or save, which
-                                has begun and goes on in the background
+    stop_at: place              SIGTERM to process `process` (0) in call number `call` (1): restore, evaluation, save
+                                (when it has begun and goes on in the background)
 """
 
 import json
