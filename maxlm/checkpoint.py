@@ -95,11 +95,18 @@ class Checkpoints:
     with self._failures_of(step):
       if step in self.steps():
         return
+      hosts.agree('can be written to', self._check_writable)
       if self._checkpointer is None:
         self._checkpointer = storage.checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes,
                                                  self.newest_verified)
       present = {**arrays, **({'meta': meta} if meta else {}), 'digest': _record(arrays, meta)}
       self._saving = step, self._checkpointer.save_checkpointables_async(step, present, force=True)
+
+  def _check_writable(self) -> None:
+    """OSError where no directory can be made. Orbax then leaves threads that wait for it for minutes, past the exit."""
+    probe = self.directory / f'{os.getpid()}.partial'
+    probe.mkdir(parents=True, exist_ok=True)
+    probe.rmdir()
 
   @property
   def is_saving(self) -> bool:

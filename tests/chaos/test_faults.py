@@ -272,7 +272,9 @@ def test_after_three_kills_the_ledger_has_the_wall_time_and_what_was_done_again(
   assert abs(sum(account.seconds.values()) - wall) < 0.01 * wall
   assert [attempt.how for attempt in account.attempts] == [None, None, None, 'finished']
   assert [attempt.resumed for attempt in account.attempts] == [0, 2000, 4000, 6000]
-  assert account.seconds['lost'] == pytest.approx(redone, rel=0.15, abs=1) and redone > 1
+  stepping = account.seconds['step'] + account.seconds['lost']  # between two steps there are also data, evaluations, saves
+  share = stepping / (stepping + sum(account.seconds[phase] for phase in ('data', 'evaluation', 'checkpoint')))
+  assert account.seconds['lost'] == pytest.approx(redone * share, rel=0.15, abs=1) and redone > 1
 
 
 def times_of_steps(workdir: Path) -> dict[int, float]:
@@ -295,9 +297,9 @@ class OnADisk:
 
   def __init__(self, corpus: Path, tmp_path: Path, *arguments: str):
     disk, self.kept = tmp_path / 'disk', tmp_path / 'kept'
-    disk.mkdir(exist_ok=True)
-    script = ('mount -t tmpfs -o size=16m tmpfs "$1" || exit 99; [ ! -d "$2" ] || cp -r "$2/." "$1" || exit 99; '
-              'disk=$1; kept=$2; shift 2; "$@"; code=$?; rm -rf "$kept"; cp -r "$disk" "$kept"; exit $code')
+    disk.mkdir()
+    script = ('mount -t tmpfs -o size=16m tmpfs "$1" || exit 99; disk=$1; kept=$2; shift 2; '
+              'setpriv --pdeathsig KILL "$@"; code=$?; cp -r "$disk" "$kept"; exit $code')
     wrap = ['unshare', '-rm', 'sh', '-c', script, 'sh', disk, self.kept]
     self.job = Job(corpus, disk / 'run', *SHORT, *arguments, wrap=wrap)
     self.pid = self.job.processes[0].pid
@@ -327,7 +329,8 @@ class OnADisk:
 
 @pytest.fixture
 def on_a_disk(tmp_path):
-  if subprocess.run(['unshare', '-rm', 'true'], check=False).returncode or not shutil.which('nsenter'):
+  tools = all(shutil.which(tool) for tool in ('unshare', 'nsenter', 'setpriv'))
+  if not tools or subprocess.run(['unshare', '-rm', 'true'], check=False).returncode:
     pytest.skip('this machine lets no user mount a small disk')
   return tmp_path
 
@@ -383,7 +386,7 @@ def test_when_it_can_be_written_to_again_the_run_goes_on_without_a_restart(corpu
 def test_a_clock_that_is_set_back_and_forward_changes_nothing_but_the_times(alone, corpus, tmp_path):
   run = tmp_path / 'run'
   began = time.monotonic()
-  job = provoked(corpus, run, clock=[[12, -7200], [30, 10800]], stop_at='save', call=3)
+  job = provoked(corpus, run, clock=[[6, -7200], [12, 10800]], stop_at='save', call=3)
   assert job.wait() == [75], job.told()
   assert 'the clock is -7200 s off' in job.said() and 'the clock is 10800 s off' in job.said()
   middle = time.monotonic()
