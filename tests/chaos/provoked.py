@@ -3,6 +3,7 @@
     PROVOKE='{"hang": 12}' python -m tests.chaos.provoked --config=…
 
     hang: n                     the source of batches blocks for ever after the n-th
+    slow: s                     a batch takes s seconds
     empty: n                    batch n has no target that counts, so that the loss is 0 / 0
     clock: [[n, s], …]          from the n-th batch on, the wall clock is s seconds off
     kill_at: 'undo'             kill -9 when a rewind is written down, and before the checkpoints that it undoes are removed
@@ -31,6 +32,17 @@ def hang(n: int) -> None:
       yield batch
       if i == n:
         wait_for_ever()
+
+  train.train_batches = batches
+
+
+def slow(seconds: float) -> None:
+  real = train.train_batches
+
+  def batches(*args):
+    for batch in real(*args):
+      time.sleep(seconds)
+      yield batch
 
   train.train_batches = batches
 

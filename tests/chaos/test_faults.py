@@ -430,7 +430,8 @@ def test_sigterm_to_two_processes(together, corpus, tmp_path, place, victims):
     for victim in victims:
       job.terminate(victim)
   else:
-    job = provoked(corpus, run, processes=2, stop_at=place, call=2, process=victims[0])
+    # It takes a second or two until all have heard of it, in which these steps would be over.
+    job = provoked(corpus, run, processes=2, stop_at=place, call=2, process=victims[0], slow=0.5)
   assert job.wait(120) == [75, 75], job.told()
   last = job.said().splitlines()[-1]
   print(place, victims, last)
