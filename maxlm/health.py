@@ -21,7 +21,7 @@ class HealthConfig:
   compare_every: steps between comparisons of the copies that devices have of the same weights, and of hosts with each
   other (0: never)."""
 
-  hang_seconds: float = 120.0
+  hang_seconds: float = 90.0  # less than JAX's heartbeats, which end a process without a word of where it was
   startup_seconds: float = 3600.0
   compare_every: int = 1000
 
