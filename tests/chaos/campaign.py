@@ -30,7 +30,8 @@ SETTINGS = ('--config.model.n_layers=1', f'--config.tokens={N_STEPS * 512}', '--
 
 @dataclasses.dataclass
 class Kill:
-  """One kill. victim: process, or 'both'. step: steps recorded then. waited: the others were left to notice it alone."""
+  """One kill. victim: process, or 'both'. step: steps recorded then. waited: the others were left to notice it alone, which
+  at the start, when they wait for each other, would take half an hour."""
 
   run: int
   attempt: int
@@ -64,7 +65,7 @@ class Campaign:
       phase = self.random.choice([phase for phase in PHASES if phase != 'restore' or steps_saved(job.workdir)])
       if self.come_to(phase, job):
         self.kill(job, Kill(number, attempt, phase, self.random.choice([*range(self.processes), 'both']),
-                            len(losses_or_none(job.workdir)), self.random.random() < 0.1))
+                            len(losses_or_none(job.workdir)), phase != 'start' and self.random.random() < 0.1))
       if job.wait(120) == [0] * self.processes:
         break
     job = self.start(name)  # a finished one ends at once
