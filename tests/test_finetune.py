@@ -177,7 +177,7 @@ def state_of(config: Experiment, workdir: Path):
   """(state, meta) of the run before its next step, on the current mesh."""
   config, parent = start.settle(config, workdir)
   corpus, checkpoints = loader.open_corpus(config.data.corpus, 64), Checkpoints(workdir / 'checkpoints')
-  return start.start_or_resume(config, config.step_config('cpu', 1), workdir, checkpoints, corpus, parent)
+  return start.start_or_resume(config, config.step_config('cpu', 1), workdir, checkpoints, corpus, parent)[:2]
 
 
 def same(one: dict, other: dict) -> bool:
