@@ -9,6 +9,7 @@ checkpoint, every loss and every batch must be those of the run that nobody dist
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import random
@@ -30,8 +31,8 @@ SETTINGS = ('--config.model.n_layers=1', f'--config.tokens={N_STEPS * 512}', '--
 
 @dataclasses.dataclass
 class Kill:
-  """One kill. victim: process, or 'both'. step: steps recorded then. waited: the others were left to notice it alone, which
-  at the start, when they wait for each other, would take half an hour."""
+  """One kill. victim: process, or 'both'. step: steps recorded then. waited: the others were left to notice it alone, where
+  all had come: before, they wait for each other for half an hour."""
 
   run: int
   attempt: int
@@ -65,7 +66,7 @@ class Campaign:
       phase = self.random.choice([phase for phase in PHASES if phase != 'restore' or steps_saved(job.workdir)])
       if self.come_to(phase, job):
         self.kill(job, Kill(number, attempt, phase, self.random.choice([*range(self.processes), 'both']),
-                            len(losses_or_none(job.workdir)), phase != 'start' and self.random.random() < 0.1))
+                            len(losses_or_none(job.workdir)), 'steps  ' in job.said() and self.random.random() < 0.1))
       if job.wait(120) == [0] * self.processes:
         break
     job = self.start(name)  # a finished one ends at once
@@ -86,11 +87,11 @@ class Campaign:
   def come_to(self, phase: str, job: Job) -> bool:
     """Waits until the job is in the phase, and then some more; False if it has ended before."""
     run, begun = job.workdir, len(losses_or_none(job.workdir))
-    known = set(steps_saved(run))
+    known, leftovers = set(steps_saved(run)), unfinished(run)
     waits = {'start': (lambda: True, 3.0), 'restore': (lambda: 'steps  ' in job.said(), 0.6),
              'compile': (lambda: 'compile  …' in job.said(), 1.0),
              'step': (lambda: len(losses_or_none(run)) > begun, 0.4),
-             'save': (lambda: unfinished(run), 0.03), 'commit': (lambda: set(steps_saved(run)) - known, 0.01),
+             'save': (lambda: unfinished(run) - leftovers, 0.03), 'commit': (lambda: set(steps_saved(run)) - known, 0.01),
              'evaluation': (lambda: any(n in (12, 24, 36) and n > begun for n in [len(losses_or_none(run))]), 0.3)}
     condition, longest = waits[phase]
     until = time.monotonic() + 100
@@ -102,9 +103,14 @@ class Campaign:
     return all(process.poll() is None for process in job.processes)
 
 
-def unfinished(workdir: Path) -> list[Path]:
-  """Steps that are being written."""
-  return [path for path in (workdir / 'checkpoints').glob('*') if path.name.isdecimal() and not (path / COMMITTED).exists()]
+def unfinished(workdir: Path) -> set[tuple[str, int]]:
+  """(name, inode) of steps that are being written, or were when a kill came."""
+  found = set()
+  for path in (workdir / 'checkpoints').glob('*'):
+    with contextlib.suppress(FileNotFoundError):  # it may be renamed or removed meanwhile
+      if path.name.isdecimal() and not (path / COMMITTED).exists():
+        found.add((path.name, path.stat().st_ino))
+  return found
 
 
 def steps_saved(workdir: Path) -> list[int]:
