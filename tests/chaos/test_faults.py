@@ -393,7 +393,7 @@ def test_a_clock_that_is_set_back_and_forward_changes_nothing_but_the_times(alon
   account = ledger.read(run / 'goodput.jsonl')
   assert 0 < account.wall < middle - began and account.seconds['idle'] == 0
   job = goes_on(corpus, run, alone)  # hours before the end of the attempt before, by the clock
-  assert 'resumed  at step 15' in job.said()
+  assert 'resumed  at step 15' in job.said() or 'resumed  at step 16' in job.said(), job.said()  # one may be under way
   account = ledger.read(run / 'goodput.jsonl')
   assert account.wall < time.monotonic() - began and min(account.seconds.values()) >= 0
   assert [attempt.how for attempt in account.attempts] == ['stopped', 'finished']
