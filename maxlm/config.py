@@ -96,9 +96,12 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   model, data = config.model, config.data
   positive = {'model.vocab_size': model.vocab_size, 'model.d_model': model.d_model, 'model.n_layers': model.n_layers,
               'data.seq_len': data.seq_len, 'data.batch_size': data.batch_size, 'tokens': config.tokens,
-              'microbatches': config.microbatches, 'compute.unroll': config.compute.unroll}
+              'microbatches': config.microbatches, 'compute.unroll': config.compute.unroll,
+              'checkpoint.every_steps': config.checkpoint.every_steps,
+              'checkpoint.max_failures': config.checkpoint.max_failures,
+              'health.hang_seconds': config.health.hang_seconds, 'health.startup_seconds': config.health.startup_seconds}
   for name, value in positive.items():
-    if value < 1:
+    if value is not None and value < 1:
       raise ValueError(f'{name}={value} must be at least 1')
   if not model.pattern:
     raise ValueError('model.pattern is empty: it needs at least one LayerSpec')

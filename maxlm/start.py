@@ -220,7 +220,7 @@ def undo(checkpoints: Checkpoints, skips: Skips) -> None:
     try:
       return skips.undid(step, Skips.of_json(checkpoints.meta(step)['skips']))
     except Damaged:
-      return True
+      return False  # it is not resumed from either: who looks for the newest one sets it aside, and says so
 
   for step in hosts.agree('undone', lambda: [*filter(is_undone, checkpoints.steps())]) if skips.rewinds else ():
     checkpoints.remove(step)

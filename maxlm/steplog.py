@@ -108,10 +108,6 @@ class StepLog:
       with writing_to(self._workdir):
         self._writer.write(step, {f'goodput/{name}': round(share, 5) for name, share in shares.items()})
 
-  def pause(self) -> None:
-    """Something that is not training comes next: the next step is not timed."""
-    self._clock.pause()
-
   def close(self) -> None:
     self._progress.close()
     if self._writer:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm import checkpoint, digest, storage
+from maxlm import checkpoint, digest, start, storage
 from maxlm.checkpoint import Checkpoints, Damaged
+from maxlm.spikes import Skips
 from tests.jobs import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,19 @@ def test_a_checkpoint_without_digests_is_damage(tmp_path):
   (tmp_path / '1' / 'digest' / 'data.json').unlink()
   with pytest.raises(Damaged, match='digest cannot be read: .*No such file'):
     checkpoints.restore_params(1, big())
+
+
+def test_a_damaged_step_is_not_taken_for_one_that_a_rewind_undid(tmp_path):
+  """It would be removed without a word, and where it is the only one the run would begin anew."""
+  skips = Skips().rewound(at=3, to=1, jump_steps=0)
+  checkpoints = Checkpoints(tmp_path, keep_last=10)
+  for step, known in ((1, Skips()), (2, Skips()), (3, skips), (4, skips)):
+    checkpoints.save(step, params=big(step), meta={'skips': known.to_json()})
+  checkpoints.close()
+  meta = tmp_path / '4' / 'meta' / 'data.json'
+  meta.write_text(meta.read_text().replace('3', '4', 1))
+  start.undo(checkpoints, skips)
+  assert checkpoints.steps() == [1, 3, 4]
 
 
 def test_what_may_not_be_read_is_not_taken_for_damage(tmp_path):
