@@ -24,12 +24,14 @@ os.environ['XLA_FLAGS'] = f'{flags or ""} --xla_backend_optimization_level=1 --x
 
 import jax
 import pytest
+from filelock import FileLock
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.devices()  # reads the flags
 os.environ.pop('XLA_FLAGS') if flags is None else os.environ.update(XLA_FLAGS=flags)
 
 from maxlm.sharding import MeshConfig, make_mesh
+from tests.make_corpus import make_corpus
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -55,3 +57,19 @@ def mesh_of():
       yield current
 
   return mesh
+
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory) -> Path:
+  """A directory that the processes of this test session have in common."""
+  own = tmp_path_factory.getbasetemp()
+  return own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
+
+
+@pytest.fixture(scope='session')
+def corpus(shared) -> Path:
+  """The directory of the small corpus that configs/tiny.py is for."""
+  with FileLock(shared / 'corpus.lock'):
+    if not (shared / 'corpus' / 'manifest.json').exists():
+      make_corpus(shared / 'corpus')
+  return shared / 'corpus'

@@ -11,18 +11,10 @@ import pytest
 from maxlm import hosts, train
 from maxlm.checkpoint import Checkpoints
 from tests.jobs import Job, batches, has_saved, losses
-from tests.make_corpus import make_corpus
 
 SHORT = ('--config.model.n_layers=2', '--config.tokens=12288', '--config.checkpoint.every_steps=6',
          '--config.evals.every_steps=8')
 N_STEPS = 24
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory) -> Path:
-  path = tmp_path_factory.mktemp('corpus') / 'tiny'
-  make_corpus(path)
-  return path
 
 
 @pytest.fixture(scope='module')

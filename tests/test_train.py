@@ -33,26 +33,10 @@ from maxlm.sharding import MeshConfig, make_mesh
 from maxlm.step import init_state
 from maxlm.stop import StopSignal
 from tests.jobs import has_saved, losses, record
-from tests.make_corpus import make_corpus
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'tiny_losses.json'
 N_STEPS = 60  # of configs/tiny.py, with a checkpoint every 10
-
-
-@pytest.fixture(scope='session')
-def shared(tmp_path_factory) -> Path:
-  """A directory that the processes of this test session have in common."""
-  own = tmp_path_factory.getbasetemp()
-  return own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
-
-
-@pytest.fixture(scope='session')
-def corpus(shared) -> Path:
-  with FileLock(shared / 'corpus.lock'):
-    if not (shared / 'corpus' / 'manifest.json').exists():
-      make_corpus(shared / 'corpus')
-  return shared / 'corpus'
 
 
 @pytest.fixture(scope='session')

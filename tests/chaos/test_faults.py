@@ -20,18 +20,10 @@ from data_pipeline import loader
 from maxlm import ledger
 from maxlm.checkpoint import Checkpoints
 from tests.jobs import ROOT, Job, batches, free_port, has_saved, losses, record
-from tests.make_corpus import make_corpus
 
 N_STEPS = 24
 SHORT = ('--config.model.n_layers=1', f'--config.tokens={N_STEPS * 512}', '--config.checkpoint.every_steps=5',
          '--config.evals.every_steps=8', '--config.evals.rows=8')
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory) -> Path:
-  path = tmp_path_factory.mktemp('corpus') / 'tiny'
-  make_corpus(path)
-  return path
 
 
 @pytest.fixture(scope='module')
