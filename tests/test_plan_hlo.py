@@ -361,6 +361,7 @@ def test_traffic_adds_up():
   ('jit(train_step)/transpose(jvp())/while/body/eval_jaxpr/checkpoint/mlp/BTF,FD->BTD/dot_general', 'mlp, backward'),
   ('jit(train_step)/transpose(jvp())/while/body/checkpoint/rematted_computation/mixer/mul', 'mixer, recomputed'),
   ('jit(train_step)/jvp()/while/body/eval_jaxpr/mixer/reduce_sum', 'mixer'), ('', 'other'), ('broadcast.3', 'other'),
+  ('jit(train_step)/cond/branch_1_fun/optimizer/add', 'optimizer'),
   ('jit(train_step)/transpose(jvp(head))/shard_map/CD,CV->DV/dot_general', 'head, backward')])
 def test_instructions_belong_to_parts_of_the_model(op_name, part):
   assert part_of(op_name) == part

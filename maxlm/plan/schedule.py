@@ -327,8 +327,8 @@ class _Walk:
     return {out for out, operand in fusion.aliases.items() if fusion.operands[operand] in self.carries}
 
 
-GENERIC = ('', 'while', 'body', 'cond', 'eval_jaxpr', 'checkpoint', 'rematted_computation', 'shard_map', 'closed_call',
-           'custom_vjp_call', 'remat')
+GENERIC = ('', 'while', 'body', 'cond', 'branch_0_fun', 'branch_1_fun', 'eval_jaxpr', 'checkpoint', 'rematted_computation',
+           'shard_map', 'closed_call', 'custom_vjp_call', 'remat')
 
 
 def part_of(op_name: str) -> str:
