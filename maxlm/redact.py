@@ -25,6 +25,7 @@ _NAME = re.compile(r'(?<![\w.-])(?:([\w.-]{1,100})\s?=>?\s?|["\']([\w.-]{1,100})
                    r'(--[\w.-]{1,100}) (?!--))')
 _VALUE = re.compile(r'"(?:[^"\\]|\\.)*|\'(?:[^\'\\]|\\.)*|[^\s&"\']+', re.DOTALL)
 _NUMBER = re.compile(r'[-+]?[\d.,_]+(?:e[-+]?\d+)?[.,;)\]]*')
+_YES_OR_NO = re.compile(r'(?:true|false|none|null)[.,;)\]`]*', re.IGNORECASE)
 
 _FORMS = re.compile('|'.join((
   r'-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,30}PRIVATE KEY-----|\Z)',
@@ -52,7 +53,7 @@ def redact(text: str) -> str:
     end = named.end()
     name = named[1] or named[2] or named[3]
     value = _VALUE.match(text, end) if is_secret(name) else None  # else it is looked at itself: x=password=y
-    if value and not (name.lower().endswith('token') and _NUMBER.fullmatch(value[0])):
+    if value and not (_YES_OR_NO.fullmatch(value[0]) or name.lower().endswith('token') and _NUMBER.fullmatch(value[0])):
       pieces.append(value[0][0] * (value[0][0] in '"\'') + GONE)
       end = value.end()
   return ''.join(pieces) + text[end:]

@@ -46,6 +46,7 @@ NAMED = [
   'my_credential={}', 'x: passphrase="{}"', "curl -H 'Authorization: Bearer {}'", 'PRIVATE_KEY={}']
 ORDINARY = [
   'tokens=2e9', '--config.tokens=2e9', 'tokenizer.json', 'tokenizer=gpt2', 'tokens_per_second=12345.6', 'tokens/stories=17',
+  'VERIFY_CREDENTIALS=true', '`--verify_credentials=False`, or', 'token=None',
   'token=5', "bos_token='<s>'", 'eos_token=</s>', '"pad_token": "<pad>"', 'token_id=7', 'loss per token=0.31',
   'unknown token: foo', 'n_token=x', 'sort_key=name', 'key=value', 'PRNGKey', 'primary_keys=a', 'sha256 ' + HEX + HEX[:24],
   'commit ' + HEX, 'run 4f2a' + HEX[:28], 'https://host:8080/path@5', 'user@host:/path', 'runs/a@100',
