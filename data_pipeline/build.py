@@ -1,11 +1,12 @@
-"""Builds a corpus: sources -> documents -> selection -> tokenizer -> packed rows.
+"""Builds a corpus: sources -> documents -> verdicts of each step -> selection -> tokenizer -> packed rows.
 
     python -m data_pipeline.build --recipe=quickstart --out=DIR
     python -m data_pipeline.build --recipe=my_recipe.py --out=DIR --seq_lens=512,4096
+    python -m data_pipeline.build --recipe=my_recipe.py --out=DIR --runner=ray
     python -m data_pipeline.build --recipe=sft:chats.jsonl --tokenizer=runs/quickstart --out=DIR
 
 Run again, it goes on where it was killed, rebuilds what a changed recipe, input or program touches, and leaves a finished
-corpus alone. docs/data.md shows what lies in DIR and how to write a recipe.
+corpus alone. DIR/report.html says what was left out and why. docs/data.md shows what lies in DIR and how to write a recipe.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import errno
 import fcntl
 import importlib.metadata
 import importlib.util
+import itertools
 import pathlib
 import platform
 import shutil
@@ -23,29 +25,33 @@ import sys
 import time
 from collections.abc import Iterator
 
-if __name__ == '__main__' and not all(map(importlib.util.find_spec, ('pyarrow', 'resiliparse', 'xxhash'))):
+if __name__ == '__main__' and not all(map(importlib.util.find_spec, ('numba', 'pyarrow', 'resiliparse', 'tqdm', 'xxhash'))):
   sys.exit("error: building a corpus needs the data extra: pip install -e '.[data]' (training on one does not)")
 
-from data_pipeline import chat, documents, pack, rows, selection, shards, tokenizer
-from data_pipeline import recipe as recipes
+from data_pipeline import chat, documents, pack, report, rows, sandbox, selection, shards, tokenizer, verdicts
 from data_pipeline.recipe import Recipe, SourceUnavailable, load_recipe
-from data_pipeline.runners import LocalRunner
+from data_pipeline.runners import LocalRunner, RayRunner
 from data_pipeline.sources import text
+from data_pipeline.tasks import Tasks
+from data_pipeline.verdicts import Shard
 
 _LIBRARIES = ('array-record', 'pyarrow', 'resiliparse', 'tokenizers')  # whose versions a manifest names
 _BEFORE = '    done before'
+_TOKENIZER_BYTES = 2 << 30  # of text, enough to train a tokenizer on
 
 
-def build(recipe: Recipe, out, *, workers: int | None = None) -> pathlib.Path:
+def build(recipe: Recipe, out, *, workers: int | None = None, runner=None) -> pathlib.Path:
   """Builds the corpus of `recipe` in the directory `out` and returns its path. Progress is shown on stderr.
 
+  workers: processes of this machine (default: one a core); or runner: whoever else does the work, of `runners`.
   Resumable: every shard is committed whole, and a rerun trusts only what is recorded with the same recipe, inputs and code.
   Row lengths that the corpus already has are kept. ValueError or OSError with one line for bad input, a full disk, …
   """
   recipe.validate()
-  runner, root = LocalRunner(workers), pathlib.Path(out).absolute()
+  runner = runner or LocalRunner(workers)
+  root = pathlib.Path(out).absolute()
   try:
-    with _locked(root):
+    with _locked(root), runner:
       if not any(_is_complete(candidate, root) for candidate in (recipe, recipe.fallback) if candidate):
         _build_or_fall_back(recipe, root, runner)
   except OSError as error:
@@ -56,7 +62,7 @@ def build(recipe: Recipe, out, *, workers: int | None = None) -> pathlib.Path:
   return root
 
 
-def _build_or_fall_back(recipe: Recipe, root: pathlib.Path, runner: LocalRunner) -> None:
+def _build_or_fall_back(recipe: Recipe, root: pathlib.Path, runner) -> None:
   try:
     _Build(recipe, root, runner).run()
   except SourceUnavailable as error:
@@ -71,69 +77,59 @@ def _build_or_fall_back(recipe: Recipe, root: pathlib.Path, runner: LocalRunner)
 class _Build:
   """One build under way. Each stage reads only what the stages before have recorded."""
 
-  def __init__(self, recipe: Recipe, root: pathlib.Path, runner: LocalRunner):
+  def __init__(self, recipe: Recipe, root: pathlib.Path, runner):
     self.recipe, self.root, self.runner = recipe, root, runner
     self.key = _corpus_key(recipe)
     self.formats = {source.name: source.chats for source in recipe.sources if hasattr(source, 'chats')}
     self.old = _manifest_of(root)
     self.seq_lens = sorted({*recipe.seq_lens, *(self.old['seq_lens'] if self.old else ())})
-    self.records_used = set()  # those of single shards of documents only bridge a killed build, and go when it ends
+    self.tasks = Tasks(root, runner, self._retire_manifest)
 
   def run(self) -> None:
     started = time.monotonic()
     _say(f'building corpus {self.recipe.name!r} in {self.root}, processes: {self.runner.workers}')
     sources = self._documents()
-    units = [unit for source in sources for unit in source['units']]
-    chosen = self._selection(units)
-    vocabulary = self._tokenizer(units, chosen)
-    packed = [shard for seq_len in self.seq_lens for shard in self._rows(units, chosen, vocabulary, seq_len)]
-    manifest = self._manifest(sources, chosen, vocabulary, packed)
+    found = [Shard(source=unit['source'], documents=unit['files'][0]['path'], rows=unit['documents'],
+                   hashes=(unit['files'][0]['xxh3'],)) for source in sources for unit in source['units']]
+    found, judged = self._steps(found)
+    chosen = self._selection(found)
+    vocabulary = self._tokenizer(found, chosen)
+    packed = [shard for seq_len in self.seq_lens for shard in self._rows(found, chosen, vocabulary, seq_len)]
+    reports = report.write(self.root, self.recipe, sources=sources, steps=judged, selection=chosen, rows=packed)
+    manifest = self._manifest(sources, judged, chosen, vocabulary, packed, reports)
     shards.write_json(self.root / 'manifest.json', manifest)
-    keep = {file['path'] for file in manifest['files']} | {f'build/{name}.json' for name in self.records_used}
+    keep = {file['path'] for file in manifest['files']} | {f'build/{name}.json' for name in self.tasks.used}
     shards.remove_leftovers(self.root, keep | {'build/lock'})
-    _say(f'done in {time.monotonic() - started:.0f} s: {_summary(manifest)}')
-
-  def _recorded(self, name: str, key: str) -> dict | None:
-    self.records_used.add(name)
-    return shards.read_record(self.root, name, key)
-
-  def _run_tasks(self, function, tasks: list[tuple]) -> list[dict]:
-    """Records of tasks (name, key, *arguments), in order; those not yet recorded are run as function(root, *task)."""
-    todo = [(self.root, *task) for task in tasks if shards.read_record(self.root, *task[:2]) is None]
-    if todo:
-      self._retire_manifest()
-    told = time.monotonic()
-    for done, _ in enumerate(self.runner.run(function, todo), 1):
-      if time.monotonic() - told > 5:
-        told = time.monotonic()
-        _say(f'    {done} of {len(todo)} shards')
-    return [shards.read_record(self.root, *task[:2]) for task in tasks]
+    _say(f'done in {time.monotonic() - started:.0f} s: {_summary(manifest)}\nwhat was left out and why: '
+         f'{self.root / "report.html"}')
 
   def _documents(self) -> list[dict]:
-    """Stage 1: a record a source, with its units (shards of documents). Nothing is fetched for what is recorded."""
-    _say('1/4 documents')
+    """The first stage: a record a source, with its units (shards of documents). Nothing is fetched for what is recorded."""
+    _say('1 documents')
     started, tasks = time.monotonic(), []
-    keys = {source.name: _source_key(source) for source in self.recipe.sources}
+    keys = {source.name: _source_key(source, self.recipe) for source in self.recipe.sources}
     missing = [source for source in self.recipe.sources
-               if self._recorded(f'documents-{source.name}', keys[source.name]) is None]
+               if self.tasks.recorded(f'documents-{source.name}', keys[source.name]) is None]
     with _scratch(self.root) as scratch:
       for source in missing:
         inputs = source.fetch(scratch)
         for i, unit in enumerate(inputs):
-          path = f'documents/{source.name}/{i:05d}-of-{len(inputs):05d}.parquet'
-          key = shards.key_of(keys[source.name], path, unit.lineage)
-          tasks.append((f'documents-{source.name}-{i:05d}', key, source, unit, path))
-      written = self._run_tasks(documents.write_shard, tasks)
+          name = f'{source.name}/{i:05d}-of-{len(inputs):05d}.parquet'
+          key = shards.key_of(keys[source.name], name, unit.lineage)
+          tasks.append((f'documents-{source.name}-{i:05d}', key, source, unit, name, self.recipe.limits))
+      written = self.tasks.run('documents', documents.write_shard, tasks)
+    self.tasks.used -= {task[0] for task in tasks}  # they only bridge a killed build
     for source in missing:
       units = [record for record in written if record['source'] == source.name]
       shards.write_record(self.root, f'documents-{source.name}', keys[source.name],
                           [file for unit in units for file in unit['files']], source=source.name, units=units)
-    records = [self._recorded(f'documents-{source.name}', keys[source.name]) for source in self.recipe.sources]
+    records = [self.tasks.recorded(f'documents-{source.name}', keys[source.name]) for source in self.recipe.sources]
     for record in records:
       units = record['units']
       origin = units[0]['lineage'] + (f' and {len(units) - 1} more' if len(units) > 1 else '')
       _say(f'    {record["source"]:20} {_total(units, "documents"):9,} documents {_total(units, "bytes") / 1e6:9.2f} MB'
            f'   {origin}')
+      _say_removed(units)
     _say(f'    {_rate(_total(written, "bytes") / 1e6, "MB of text", time.monotonic() - started)}' if missing else _BEFORE)
     return records
 
@@ -144,67 +140,79 @@ class _Build:
       (self.root / 'manifest.json').unlink(missing_ok=True)
       self.old = None
 
-  def _selection(self, units: list[dict]) -> dict:
-    """Stage 2: the record of all verdicts."""
-    recipe, paths = self.recipe, [unit['files'][0]['path'] for unit in units]
-    chats = [unit['source'] in self.formats for unit in units]
-    key = shards.key_of(_hashes(units), chats, recipe.min_bytes, recipe.validation_fraction, shards.code_of(chat, selection))
-    record = self._recorded('selection', key)
-    if record is None:
-      self._retire_manifest()
-      record = selection.select(self.root, paths, 'selection', key, chats=chats, min_bytes=recipe.min_bytes,
-                                validation_fraction=recipe.validation_fraction)
-    counts = _verdicts(record['counts'])
-    _say(f'2/4 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out; dropped '
-         f'{counts["duplicate"]:,} exact duplicates and {counts["short"]:,} shorter than {recipe.min_bytes} bytes')
-    _say_dropped('no conversation', {reason: n for reason, n in counts.items() if reason not in selection.VERDICTS})
+  def _steps(self, found: list[Shard]) -> tuple[list[Shard], list[list[dict]]]:
+    """The steps of the recipe: the shards with their verdicts, and a list of records (a shard each) for each step."""
+    judged = []
+    for step in self.recipe.steps:
+      _say(f'2 {step.name}')
+      started = time.monotonic()
+      records = step.judge(self.tasks, found)
+      found = [shard.judged(record) for shard, record in zip(found, records, strict=True)]
+      judged.append(records)
+      _say(f'    of {_total(records, "documents"):,} documents, {_total(records, "bytes") / 1e6:.2f} MB, in '
+           f'{time.monotonic() - started:.1f} s')
+      _say_removed(records)
+    return found, judged
+
+  def _selection(self, found: list[Shard]) -> list[dict]:
+    """Records of all verdicts, a shard each."""
+    recipe, code, tasks = self.recipe, shards.code_of(chat, selection, verdicts), []
+    for i, shard in enumerate(found):
+      how = (shard.source in self.formats, recipe.min_bytes, recipe.validation_fraction)
+      tasks.append((f'selection-{i:05d}', shards.key_of(shard.documents, shard.hashes, how, code), shard, *how))
+    records = self.tasks.run('selection', selection.write_shard, tasks)
+    counts = _verdicts([record['counts'] for record in records])
+    _say(f'3 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out; dropped '
+         f'{counts[selection.SHORT]:,} shorter than {recipe.min_bytes} bytes')
     if not counts['train']:
       raise ValueError(f'recipe {recipe.name}: no document is left to train on: see {self.root / "selection"}')
-    return record
+    return records
 
-  def _tokenizer(self, units: list[dict], chosen: dict) -> dict:
-    """Stage 3: the record of the tokenizer."""
-    _say('3/4 tokenizer')
+  def _tokenizer(self, found: list[Shard], chosen: list[dict]) -> dict:
+    """The record of the tokenizer."""
+    _say('4 tokenizer')
     size, started = self.recipe.vocab_size, time.monotonic()
     given = self.recipe.tokenizer
-    inputs = _tokenizer_key(given) if given else (_hashes(units), _hashes([chosen]), size)
-    key = shards.key_of(inputs, shards.code_of(chat, tokenizer, selection))
-    record = self._recorded('tokenizer', key)
+    inputs = _tokenizer_key(given) if given else ([shard.hashes for shard in found], _hashes(chosen), size)
+    key = shards.key_of(inputs, shards.code_of(chat, tokenizer, selection, verdicts))
+    record = self.tasks.recorded('tokenizer', key)
     done_before = record is not None
     if not done_before:
       self._retire_manifest()
       record = (tokenizer.adopt(self.root, given, 'tokenizer', key) if given else
-                tokenizer.train(self.root, self._words(units), 'tokenizer', key, vocab_size=size))
+                tokenizer.train(self.root, self._words(found, chosen), 'tokenizer', key, vocab_size=size))
     fewer = f', not {size:,}: the text has no more pairs to merge' if record['vocab_size'] < size and not given else ''
     _say(f'    {record["vocab_size"]:,} tokens{f", as in {given}" if given else fewer}')
     _say(_BEFORE if done_before else f'    in {time.monotonic() - started:.1f} s')
     return record
 
-  def _words(self, units: list[dict]) -> Iterator[str]:
-    """What a tokenizer is trained on."""
-    for unit in units:
-      texts = selection.read_split(self.root, unit['files'][0]['path'], 'train')
-      yield from map(chat.words, texts) if unit['source'] in self.formats else texts
+  def _words(self, found: list[Shard], chosen: list[dict]) -> Iterator[str]:
+    """What a tokenizer is trained on: all training documents, or as many of them as have `_TOKENIZER_BYTES`."""
+    n_bytes = sum(record['bytes'].get(selection.TRAIN, 0) for record in chosen)
+    every = -(-n_bytes // _TOKENIZER_BYTES)  # th document
+    for shard in found:
+      texts = (text for text, _ in selection.read_split(self.root, shard, selection.TRAIN))
+      yield from itertools.islice(map(chat.words, texts) if shard.source in self.formats else texts, 0, None, max(every, 1))
 
-  def _rows(self, units: list[dict], chosen: dict, vocabulary: dict, seq_len: int) -> list[dict]:
-    """Stage 4: shards of rows of one length."""
-    _say(f'4/4 rows of {seq_len}')
-    started, code = time.monotonic(), shards.code_of(chat, pack, rows, tokenizer, selection)
-    ends, tasks = (vocabulary['bos'], vocabulary['eot']), []
-    for unit, verdicts in zip(units, chosen['files']):
-      how = self.formats.get(unit['source'])
+  def _rows(self, found: list[Shard], chosen: list[dict], vocabulary: dict, seq_len: int) -> list[dict]:
+    """Shards of rows of one length."""
+    _say(f'5 rows of {seq_len}')
+    started, code = time.monotonic(), shards.code_of(chat, pack, rows, tokenizer, selection, verdicts)
+    ends, buckets, tasks = (vocabulary['bos'], vocabulary['eot']), tuple(self.recipe.length_buckets), []
+    for shard, verdict in zip(found, chosen):
+      how = self.formats.get(shard.source)
       chats = None if how is None else (self._chat_template(vocabulary), how.too_long)
-      key = shards.key_of(_hashes([unit]), verdicts['xxh3'], vocabulary['sha256'], ends, chats, seq_len, code)
-      path = unit['files'][0]['path']
-      tasks.append((f'rows-{seq_len}-{unit["source"]}-{len(tasks):05d}', key, unit['source'], path, seq_len, *ends, chats))
-    done_before = None not in [self._recorded(*task[:2]) for task in tasks]
-    records = self._run_tasks(rows.write_shards, tasks)
+      key = shards.key_of(shard.documents, shard.hashes, _hashes([verdict]), vocabulary['sha256'], ends, chats, buckets, seq_len,
+                          code)
+      tasks.append((f'rows-{seq_len}-{shard.source}-{len(tasks):05d}', key, shard, seq_len, *ends, chats, buckets))
+    done_before = None not in [self.tasks.recorded(*task[:2]) for task in tasks]
+    records = self.tasks.run(f'rows of {seq_len}', rows.write_shards, tasks)
     written = [shard for record in records for shard in record['shards']]
-    for source in self.recipe.sources:
+    for part in dict.fromkeys(shard['source'] for shard in written):
       for split in (selection.TRAIN, selection.VALIDATION):
-        if mine := [shard for shard in written if (shard['source'], shard['split']) == (source.name, split)]:
+        if mine := [shard for shard in written if (shard['source'], shard['split']) == (part, split)]:
           fill = _total(mine, 'positions') / _total(mine, 'rows') / seq_len
-          _say(f'    {source.name:20} {split:10} {_total(mine, "rows"):9,} rows {_total(mine, "tokens"):12,} tokens'
+          _say(f'    {part:20} {split:10} {_total(mine, "rows"):9,} rows {_total(mine, "tokens"):12,} tokens'
                f'   {fill:.2%} full')
     dropped = _verdicts([reasons for record in records for reasons in record['dropped'].values()])
     _say_dropped(f'conversations that do not become rows of {seq_len}', dropped)
@@ -221,37 +229,41 @@ class _Build:
       raise ValueError(f'recipe {self.recipe.name}: its sources name {len(named)} chat templates; a model has one')
     return pathlib.Path(*named).read_text(encoding='utf-8') if named else vocabulary['chat_template'] or chat.OURS
 
-  def _manifest(self, sources: list[dict], chosen: dict, vocabulary: dict, packed: list[dict]) -> dict:
-    counts, per_source = iter(chosen['counts']), {}
-    for source, record in zip(self.recipe.sources, sources):
-      verdicts = [next(counts) for _ in record['units']]
-      mine = [shard for shard in packed if shard['source'] == source.name and shard['seq_len'] == self.seq_lens[0]]
-      per_source[source.name] = {
-        'lineage': [unit['lineage'] for unit in record['units']],
-        'documents': _verdicts(verdicts),
-        **{split: {fact: _total([shard for shard in mine if shard['split'] == split], fact)
-                   for fact in ('documents', 'text_bytes', 'tokens')}
-           for split in (selection.TRAIN, selection.VALIDATION)}}
-    parts = [*sources, chosen, vocabulary]
+  def _manifest(self, sources: list[dict], judged: list[list[dict]], chosen: list[dict], vocabulary: dict, packed: list[dict],
+                reports: list[dict]) -> dict:
+    parts = [*(record for source in sources for record in source['units']), *itertools.chain(*judged), *chosen, vocabulary]
     row_files = [{key: shard[key] for key in ('path', 'bytes', 'xxh3')} for shard in packed]
+    per_source = {}
+    for source, record in zip(self.recipe.sources, sources):
+      facts = {'lineage': [unit['lineage'] for unit in record['units']],
+               'documents': _verdicts([one['counts'] for one in chosen if one['source'] == source.name])}
+      mine = [shard for shard in packed if shard['of'] == source.name]
+      of_part = lambda part, split, mine=mine: [shard for shard in mine if shard['seq_len'] == self.seq_lens[0] and
+                                                (shard['source'], shard['split']) == (part, split)]
+      for part in dict.fromkeys(shard['source'] for shard in mine) or [source.name]:
+        per_source[part] = facts | {split: {fact: _total(of_part(part, split), fact)
+                                            for fact in ('documents', 'text_bytes', 'tokens')}
+                                    for split in (selection.TRAIN, selection.VALIDATION)}
     return {
-      'format': shards.FORMAT, 'recipe': recipes.describe(self.recipe), 'key': self.key, 'code': _code_version(),
+      'format': shards.FORMAT, 'recipe': shards.describe(self.recipe), 'key': self.key, 'code': _code_version(),
       'seq_lens': self.seq_lens,
       **{fact: vocabulary[fact] for fact in ('vocab_size', 'bos', 'eot')}, 'tokenizer_sha256': vocabulary['sha256'],
       'chat_template': self._chat_template(vocabulary) if self.formats else None,
-      'sources': per_source, 'rows': packed, 'files': [file for part in parts for file in part['files']] + row_files,
+      'sources': per_source, 'rows': packed,
+      'files': [file for part in parts for file in part['files']] + row_files + reports,
       'made_with': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in _LIBRARIES}}}
 
 
 def _corpus_key(recipe: Recipe) -> str:
   """What decides a corpus but for its row lengths, which can be added, and the fallback, which is a corpus of its own."""
-  facts = recipes.describe(dataclasses.replace(recipe, seq_lens=(), fallback=None, tokenizer=''))
+  facts = shards.describe(dataclasses.replace(recipe, seq_lens=(), fallback=None, tokenizer=''))
   given = _tokenizer_key(recipe.tokenizer) if recipe.tokenizer else None
-  return shards.key_of(facts, given, [_source_key(source) for source in recipe.sources], _code_version())
+  return shards.key_of(facts, given, [_source_key(source, recipe) for source in recipe.sources],
+                       [step.state() for step in recipe.steps], _code_version())
 
 
 def _code_version() -> str:
-  return shards.code_of(chat, documents, selection, tokenizer, pack, rows)
+  return shards.code_of(chat, documents, sandbox, verdicts, selection, tokenizer, pack, rows, report)
 
 
 def _tokenizer_key(given: str) -> str:
@@ -260,9 +272,9 @@ def _tokenizer_key(given: str) -> str:
   return shards.key_of(shards.sha256_file(file), facts)
 
 
-def _source_key(source) -> str:
-  code = shards.code_of(documents, text, sys.modules[type(source).__module__], *([chat] if hasattr(source, 'chats') else []))
-  return shards.key_of(recipes.describe(source), source.state(), code)
+def _source_key(source, recipe: Recipe) -> str:
+  modules = [documents, sandbox, text, sys.modules[type(source).__module__], *([chat] if hasattr(source, 'chats') else [])]
+  return shards.key_of(shards.describe(source), source.state(), shards.describe(recipe.limits), shards.code_of(*modules))
 
 
 def _hashes(records: list[dict]) -> list[str]:
@@ -332,6 +344,14 @@ def _verdicts(counts: list[dict]) -> collections.Counter:
   return sum(map(collections.Counter, counts), collections.Counter())
 
 
+def _say_removed(records: list[dict]) -> None:
+  """A line for each reason for which documents are left out."""
+  reasons = sum((collections.Counter({reason: of['documents'] for reason, of in record['removed'].items()})
+                 for record in records), collections.Counter())
+  for reason, n in reasons.most_common():
+    _say(f'      left out {n:9,} {reason}')
+
+
 def _say_dropped(what: str, reasons: dict) -> None:
   if reasons:
     _say(f'    {what}: ' + ', '.join(f'{n:,} x {reason}' for reason, n in sorted(reasons.items())))
@@ -363,6 +383,9 @@ def _parse(argv) -> argparse.Namespace:
   parser.add_argument('--tokenizer', help='use this tokenizer, of the model to train further, instead of training one: the '
                       'workdir of a run, or any folder with a tokenizer.json')
   parser.add_argument('--workers', type=int, help='processes (default: one a core)')
+  parser.add_argument('--runner', choices=['local', 'ray'], default='local', help='who does the work: processes of this '
+                      'machine, or a Ray cluster (extra ray)')
+  parser.add_argument('--address', default='auto', help="of the Ray cluster; 'local' starts one for the while")
   return parser.parse_args(argv)
 
 
@@ -374,7 +397,8 @@ def main(argv=None) -> int:
       recipe = dataclasses.replace(recipe, seq_lens=_parse_lengths(arguments.seq_lens))
     if arguments.tokenizer:
       recipe = recipe.with_tokenizer(arguments.tokenizer)
-    build(recipe, arguments.out, workers=arguments.workers)
+    runner = RayRunner(arguments.address, arguments.workers) if arguments.runner == 'ray' else None
+    build(recipe, arguments.out, workers=arguments.workers, runner=runner)
   except (ValueError, OSError) as error:
     _say(f'error: {(isinstance(error, OSError) and not error.filename and error.strerror) or error}')
     return 1

@@ -1,9 +1,13 @@
-"""Stage 1: sources -> shards of documents, in Parquet: id, text, source, url, lineage.
+"""Stage 1: sources -> shards of documents, in Parquet, and beside each what could not be read, with the reason.
+
+    documents/<source>/00000-of-00001.parquet   id, text, bytes, source, url, date, parent, lineage
+    rejects/<source>/00000-of-00001.parquet     url, reason, bytes
 
 The id is the xxh3-128 of the text: equal documents have equal ids wherever they come from, and whatever is decided by a
 hash of the id (the validation split) stays as it is when a corpus grows.
 """
 
+import collections
 import pathlib
 
 import pyarrow as pa
@@ -11,26 +15,64 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_pipeline import shards
-from data_pipeline.recipe import Input, Source
+from data_pipeline.recipe import Input, Limits, Raw, Reject, Source, Unreadable
+from data_pipeline.sandbox import Sandbox
+from data_pipeline.sources.text import clean
 
-_SCHEMA = pa.schema([(name, pa.string()) for name in ('id', 'text', 'source', 'url', 'lineage')])
-_ROWS_A_GROUP = 1000
+_STRINGS = ('id', 'text', 'source', 'url', 'date', 'parent', 'lineage')
+_SCHEMA = pa.schema([*((name, pa.string()) for name in _STRINGS), ('bytes', pa.int64())])
+_REJECTS = pa.schema([('url', pa.string()), ('reason', pa.string()), ('bytes', pa.int64())])
+_ROWS_A_GROUP, _BYTES_A_GROUP = 1000, 64 << 20
 
 
-def write_shard(root: pathlib.Path, record_name: str, key: str, source: Source, unit: Input, name: str) -> dict:
-  """Reads one input and commits its documents as root/name; returns the record. Runs in a worker."""
-  path, n_documents, n_bytes = root / name, 0, 0
-  with shards.committed(path) as temporary:
+def write_shard(root: pathlib.Path, record_name: str, key: str, source: Source, unit: Input, name: str,
+                limits: Limits) -> dict:
+  """Reads one input and commits its documents as documents/name; returns the record. Runs in a worker."""
+  limits = getattr(source, 'limits', limits)
+  path, rejects_path = root / 'documents' / name, root / 'rejects' / name
+  counts, removed, rejects, n_documents, n_bytes = collections.Counter(), {}, [], 0, 0
+  with shards.committed(path) as temporary, Sandbox(source, limits) as sandbox:
     with pq.ParquetWriter(temporary, _SCHEMA, compression='zstd') as writer:
-      batch = []
-      for url, text in source.read(unit):
-        n_documents, n_bytes = n_documents + 1, n_bytes + len(text.encode())
-        batch.append({'id': xxhash.xxh3_128_hexdigest(text.encode()), 'text': text, 'source': source.name, 'url': url,
-                      'lineage': unit.lineage})
-        if len(batch) == _ROWS_A_GROUP:
-          writer.write_table(pa.Table.from_pylist(batch, _SCHEMA))
-          batch = []
-      writer.write_table(pa.Table.from_pylist(batch, _SCHEMA))
-  return shards.write_record(root, record_name, key, [shards.entry(root, path)],
-                             source=source.name, lineage=unit.lineage, documents=n_documents, bytes=n_bytes)
+      group, group_bytes = [], 0
+      for raw in source.read(unit):
+        try:
+          text, found = _text_of(raw, sandbox, hasattr(source, 'chats'))
+        except Reject as reject:
+          reason, size = str(reject), raw.n_bytes if isinstance(raw, Unreadable) else len(raw.content)
+          rejects.append({'url': raw.url, 'reason': reason, 'bytes': size})
+          of_reason = removed.setdefault(reason, {'documents': 0, 'bytes': 0, 'samples': []})
+          of_reason['documents'] += 1
+          of_reason['bytes'] += size
+          if len(of_reason['samples']) < 3:
+            of_reason['samples'].append({'url': raw.url, 'text': ''})
+          continue
+        data = text.encode()
+        counts.update(found)
+        n_documents, n_bytes, group_bytes = n_documents + 1, n_bytes + len(data), group_bytes + len(data)
+        group.append({'id': xxhash.xxh3_128_hexdigest(data), 'text': text, 'bytes': len(data), 'source': source.name,
+                      'url': raw.url, 'date': raw.date, 'parent': raw.parent, 'lineage': unit.lineage})
+        if len(group) == _ROWS_A_GROUP or group_bytes > _BYTES_A_GROUP:
+          writer.write_table(pa.Table.from_pylist(group, _SCHEMA))
+          group, group_bytes = [], 0
+      writer.write_table(pa.Table.from_pylist(group, _SCHEMA))
+  with shards.committed(rejects_path) as temporary:
+    pq.write_table(pa.Table.from_pylist(rejects, _REJECTS), temporary, compression='zstd')
+  return shards.write_record(root, record_name, key, [shards.entry(root, path), shards.entry(root, rejects_path)],
+                             source=source.name, lineage=unit.lineage, documents=n_documents, bytes=n_bytes, removed=removed,
+                             facts=dict(sorted(counts.items())))
 
+
+def _text_of(raw: Raw | Unreadable, sandbox: Sandbox, is_chat: bool) -> tuple[str, dict[str, int]]:
+  """The text as it is kept, and what the source counts. Reject where there is none."""
+  if isinstance(raw, Unreadable):
+    raise Reject(raw.reason)
+  limit = sandbox.limits.max_bytes
+  if len(raw.content) > limit:
+    raise Reject('too large')
+  text, counts = (raw.content, {}) if isinstance(raw.content, str) else sandbox.extract(raw)
+  text = text if is_chat else clean(text)
+  if not text:
+    raise Reject('no text')
+  if len(text.encode()) > limit:
+    raise Reject('too large')
+  return text, counts

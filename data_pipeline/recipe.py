@@ -8,11 +8,17 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
+from data_pipeline.dedup.exact import Exact
+
 _BUILT_IN = pathlib.Path(__file__).parent / 'recipes'
 
 
 class SourceUnavailable(OSError):
   """A source cannot be fetched on this machine: the package manager or the network is missing. Not a bad recipe."""
+
+
+class Reject(ValueError):
+  """A document that is left out. Its text is the reason in a few words that are the same for all of its kind: 'encrypted'."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,10 +29,42 @@ class Input:
   lineage: str  # what it is, for people: a package and its version, a range of files
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Raw:
+  """A document as its source has it. content: its text, or the bytes that the source's `extract` makes text of."""
+
+  url: str
+  content: str | bytes
+  date: str = ''  # ISO 8601, as far as it is known: '2024-05-01'
+  parent: str = ''  # the id of the document that it was made from
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unreadable:
+  """What a source yields in the place of a document that it cannot read."""
+
+  url: str
+  reason: str  # as of `Reject`
+  n_bytes: int = 0
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True, slots=True)
+class Limits:
+  """What one document may take; one that takes more is left out, and counted."""
+
+  max_bytes: int = 64 << 20  # of the raw document, and of its text
+  cpu_seconds: float = 20.0
+  wall_seconds: float = 120.0  # where it waits for something else: a disk, another program
+  memory_bytes: int = 4 << 30  # address space of the process that extracts
+
+
 class Source(Protocol):
   """Where documents come from: a frozen dataclass, so that its fields enter the recipe's hash.
 
-  A source of conversations has one more member, `chats`, a `chat.ChatFormat`: its documents are those of `chat.canonical`.
+  A source of bytes has a method more, `extract(raw: Raw) -> tuple[str, dict[str, int]]`: the text and what is to be counted
+  ({'pages': 3}), or Reject. It runs in a process of its own under `limits` (a `Limits`; a member of the source where its
+  documents need more): what crashes or hangs there costs one document. A source of conversations has a member `chats`, a
+  `chat.ChatFormat`: its documents are those of `chat.canonical`.
   """
 
   name: str  # of the source in mixtures, logs and folders: letters, digits, '-', '_', '.'
@@ -37,19 +75,34 @@ class Source(Protocol):
   def fetch(self, scratch: pathlib.Path) -> list[Input]:
     """Brings the source to this machine (into `scratch` if it must be fetched). SourceUnavailable where it cannot."""
 
-  def read(self, unit: Input) -> Iterator[tuple[str, str]]:
-    """(url, text) of each document, in an order that is always the same. Called in a worker process."""
+  def read(self, unit: Input) -> Iterator[Raw | Unreadable]:
+    """Each document, in an order that is always the same. Called in a worker process. Holds one document at a time."""
+
+
+class Step(Protocol):
+  """Judges documents after they are written: a frozen dataclass. docs/data.md lists those there are."""
+
+  name: str  # of its folder and its line in the report; a field or a property
+
+  def state(self) -> str:
+    """What decides the verdicts besides fields and documents: `shards.code_of` its modules, hashes of files that it reads."""
+
+  def judge(self, tasks, shards: list) -> list[dict]:
+    """A record for each `verdicts.Shard`, of `verdicts.write`, by `tasks.run` of a `tasks.Tasks`."""
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True, slots=True)
 class Recipe:
   name: str
   sources: tuple[Source, ...]
+  steps: tuple[Step, ...] = (Exact(),)  # in this order; each sees what the ones before have kept
   vocab_size: int  # of the byte-level BPE trained on the training split; a small corpus may give fewer
   tokenizer: str = ''  # used instead of training one: a tokenizer.json, or the folder it is in, such as a run's workdir
   seq_lens: tuple[int, ...]  # row lengths to pack; each is a folder of the corpus
+  length_buckets: tuple[int, ...] = ()  # documents of so many tokens or more are sources of their own: web, web.8192
   validation_fraction: float  # of documents, chosen by a hash of their text
   min_bytes: int  # shorter documents (utf-8) are dropped
+  limits: Limits = Limits()
   fallback: 'Recipe | None' = None  # built instead, with a notice, on a machine where a source is unavailable
 
   def with_tokenizer(self, path: str) -> 'Recipe':
@@ -71,6 +124,10 @@ class Recipe:
       raise ValueError(f'recipe {self.name}: seq_lens={self.seq_lens} must name at least one row length, each at least 2')
     if not 0 <= self.validation_fraction < 1:
       raise ValueError(f'recipe {self.name}: validation_fraction={self.validation_fraction} must be in [0, 1)')
+    if len({step.name for step in self.steps}) < len(self.steps):
+      raise ValueError(f'recipe {self.name}: needs steps of different names, has {[step.name for step in self.steps]}')
+    if any(a >= b for a, b in zip((1, *self.length_buckets), self.length_buckets)):
+      raise ValueError(f'recipe {self.name}: length_buckets={self.length_buckets} must be ascending numbers of tokens')
     if self.fallback is not None:
       self.fallback.validate()
 
@@ -104,15 +161,3 @@ def load_recipe(path_or_name: str) -> Recipe:
                      'import, where worker processes find it')
   recipe.validate()
   return recipe
-
-
-def describe(value) -> object:
-  """A recipe or a part of it as plain JSON values, with the names of its classes: what its hash is made of."""
-  if dataclasses.is_dataclass(value):
-    fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return {'class': type(value).__qualname__, **fields}
-  if isinstance(value, (list, tuple)):
-    return [describe(item) for item in value]
-  if value is not None and not isinstance(value, (str, int, float, bool)):
-    raise ValueError(f'a recipe is made of dataclasses, tuples, texts and numbers, and {value!r} is none of them')
-  return value

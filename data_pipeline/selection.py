@@ -1,20 +1,22 @@
-"""Stage 2: what becomes of each document: train, validation, or the reason why it is dropped; for a line of a chat file
-that is none, what is wrong with it.
+"""What becomes of each document after all steps: train, validation, or the reason why it is left out.
 
-One verdict a document, in a file beside its shard (same rows, same order): a new rule rewrites no text, and what was
-dropped can be looked at. Of exact duplicates the first is kept, in the order of the recipe's sources.
+    selection/<source>/00000-of-00001.parquet   id, verdict, bucket: the same rows in the same order
+
+The texts that are read here are those that a model is trained on: with the edits of all steps.
 """
 
 import collections
 import pathlib
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline import chat, shards
+from data_pipeline import chat, shards, verdicts
 
-VERDICTS = TRAIN, VALIDATION, DUPLICATE, SHORT = 'train', 'validation', 'duplicate', 'short'
+TRAIN, VALIDATION, SHORT = 'train', 'validation', 'short'
+BUCKET = 'bucket'  # the column of a step's verdicts that names a part of a source: quality
 
 
 def split_of(document_id: str, validation_fraction: float) -> str:
@@ -22,43 +24,43 @@ def split_of(document_id: str, validation_fraction: float) -> str:
   return VALIDATION if int(document_id[:16], 16) < validation_fraction * 2**64 else TRAIN
 
 
-def select(root: pathlib.Path, documents: list[str], record_name: str, key: str, *, chats: list[bool], min_bytes: int,
-           validation_fraction: float) -> dict:
-  """Commits a verdict for every document of these shards; returns the record, with counts a shard.
+def write_shard(root: pathlib.Path, record_name: str, key: str, shard: verdicts.Shard, are_chats: bool, min_bytes: int,
+                validation_fraction: float) -> dict:
+  """Commits a verdict for every document of a shard; returns the record, with counts. Runs in a worker.
 
-  chats: for each shard, whether its documents are conversations.
+  are_chats: whether the documents are conversations; lines of chat files that are none are left out.
   """
-  seen, files, counts = set(), [], []
-  for name, are_chats in zip(documents, chats):
-    ids, verdicts = [], []
-    for batch in pq.ParquetFile(root / name).iter_batches(columns=['id', 'text']):
-      for document_id, text in zip(batch['id'].to_pylist(), batch['text'].to_pylist()):
-        if are_chats and (rejection := chat.rejection(text)):
-          verdict = rejection
-        elif len(text.encode()) < min_bytes:
-          verdict = SHORT
-        elif document_id in seen:
-          verdict = DUPLICATE
-        else:
-          verdict = split_of(document_id, validation_fraction)
-        seen.add(document_id)
-        ids.append(document_id)
-        verdicts.append(verdict)
-    path = _verdicts_of(root, name)
-    with shards.committed(path) as temporary:
-      table = pa.table({'id': pa.array(ids, pa.string()), 'verdict': pa.array(verdicts, pa.string())})
-      pq.write_table(table, temporary, compression='zstd')
-    files.append(shards.entry(root, path))
-    counts.append(dict(collections.Counter(verdicts)))
-  return shards.write_record(root, record_name, key, files, counts=counts)
+  ids = pq.read_table(root / shard.documents, columns=['id'])['id'].to_pylist()
+  verdict, n_bytes = verdicts.reasons(root, shard).copy(), collections.Counter()
+  for rows, texts in verdicts.edited(root, shard):
+    for row, text in zip(rows.tolist(), texts):
+      size = len(text.encode())
+      verdict[row] = ((are_chats and chat.rejection(text)) or (size < min_bytes and SHORT)
+                      or split_of(ids[row], validation_fraction))
+      n_bytes[verdict[row]] += size
+  path = _selection_of(root, shard.documents)
+  with shards.committed(path) as temporary:
+    pq.write_table(pa.table({'id': pa.array(ids, pa.string()), 'verdict': pa.array(verdict, pa.string()),
+                             'bucket': _buckets(root, shard)}), temporary, compression='zstd')
+  return shards.write_record(root, record_name, key, [shards.entry(root, path)], source=shard.source,
+                             counts=dict(collections.Counter(verdict.tolist())), bytes=dict(n_bytes))
 
 
-def read_split(root: pathlib.Path, documents: str, split: str) -> Iterator[str]:
-  """The texts of one shard of documents whose verdict is `split`, in order."""
-  verdicts = iter(pq.read_table(_verdicts_of(root, documents), columns=['verdict'])['verdict'].to_pylist())
-  for batch in pq.ParquetFile(root / documents).iter_batches(columns=['text']):
-    yield from (text.as_py() for text in batch['text'] if next(verdicts) == split)
+def _buckets(root: pathlib.Path, shard: verdicts.Shard) -> pa.Array:
+  """The part of its source that each document belongs to: '' where no step names one, else what the last one says."""
+  for path in reversed(shard.verdicts):
+    if BUCKET in pq.read_schema(root / path).names:
+      return pq.read_table(root / path, columns=[BUCKET])[BUCKET].combine_chunks()
+  return pa.array(np.full(shard.rows, '', object), pa.string())
 
 
-def _verdicts_of(root: pathlib.Path, documents: str) -> pathlib.Path:
+def read_split(root: pathlib.Path, shard: verdicts.Shard, split: str) -> Iterator[tuple[str, str]]:
+  """(text, bucket) of the documents of one shard whose verdict is `split`, in order."""
+  table = pq.read_table(_selection_of(root, shard.documents), columns=['verdict', 'bucket'])
+  chosen, buckets = table['verdict'].to_pylist(), table['bucket'].to_pylist()
+  for rows, texts in verdicts.edited(root, shard):
+    yield from ((text, buckets[row]) for row, text in zip(rows.tolist(), texts) if chosen[row] == split)
+
+
+def _selection_of(root: pathlib.Path, documents: str) -> pathlib.Path:
   return root / 'selection' / pathlib.PurePosixPath(documents).relative_to('documents')

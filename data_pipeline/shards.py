@@ -9,6 +9,7 @@ and the key of what it was made from. A rerun trusts a record whose key and file
 import argparse
 import ast
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -88,6 +89,18 @@ def key_of(*parts) -> str:
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def describe(value) -> object:
+  """A recipe or a part of it as plain JSON values, with the names of its classes: what its key is made of."""
+  if dataclasses.is_dataclass(value):
+    fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {'class': type(value).__qualname__, **fields}
+  if isinstance(value, (list, tuple)):
+    return [describe(item) for item in value]
+  if value is not None and not isinstance(value, (str, int, float, bool)):
+    raise ValueError(f'a recipe is made of dataclasses, tuples, texts and numbers, and {value!r} is none of them')
+  return value
+
+
 def code_of(*modules) -> str:
   """A hash of what these modules do: of their source without comments, docstrings and layout."""
   digest = hashlib.sha256()
@@ -123,7 +136,7 @@ def write_record(root: pathlib.Path, name: str, key: str, files: list[dict], **f
 
 def remove_leftovers(root: pathlib.Path, keep: set[str]) -> None:
   """Removes what killed builds and earlier recipes left in the corpus's own folders: files that nothing lists."""
-  for folder in ('documents', 'selection', 'build', *(path.name for path in root.glob('rows-*'))):
+  for folder in ('documents', 'rejects', 'verdicts', 'selection', 'build', *(path.name for path in root.glob('rows-*'))):
     for path in sorted((root / folder).rglob('*'), reverse=True):
       if path.is_dir() and not any(path.iterdir()):
         path.rmdir()

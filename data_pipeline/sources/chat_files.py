@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator
 
 from data_pipeline import chat
-from data_pipeline.recipe import Input
+from data_pipeline.recipe import Input, Raw
 from data_pipeline.sources.text_files import TextFiles
 
 
@@ -27,9 +27,9 @@ class ChatFiles:
   def fetch(self, scratch: pathlib.Path) -> list[Input]:
     return TextFiles(name=self.name, pattern=self.pattern).fetch(scratch)
 
-  def read(self, unit: Input) -> Iterator[tuple[str, str]]:
+  def read(self, unit: Input) -> Iterator[Raw]:
     for path in unit.paths:
       with open(path, 'rb') as lines:
         for number, line in enumerate(lines, 1):
           if line.strip():
-            yield f'{path}#{number}', chat.canonical(line)
+            yield Raw(f'{path}#{number}', chat.canonical(line))

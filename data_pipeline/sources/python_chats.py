@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 
 from data_pipeline import chat
-from data_pipeline.recipe import Input
+from data_pipeline.recipe import Input, Raw
 from data_pipeline.sources.python_docs import library_files
 
 _PLAIN = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()/-]+\.")
@@ -37,11 +37,11 @@ class PythonChats:
   def fetch(self, scratch: pathlib.Path) -> list[Input]:
     return [Input(paths=tuple(map(str, library_files('.py'))), lineage=f'Python {platform.python_version()}')]
 
-  def read(self, unit: Input) -> Iterator[tuple[str, str]]:
+  def read(self, unit: Input) -> Iterator[Raw]:
     for path in map(pathlib.Path, unit.paths):
       for place, name, sentence in _sentences(path):
         messages = _conversation(name, sentence, random.Random(f'{path.stem}.{place}'))
-        yield f'python:chat/{path.stem}.{place}', chat.canonical(json.dumps({'messages': messages}).encode())
+        yield Raw(f'python:chat/{path.stem}.{place}', chat.canonical(json.dumps({'messages': messages}).encode()))
 
 
 def _sentences(path: pathlib.Path) -> Iterator[tuple[str, str, str]]:

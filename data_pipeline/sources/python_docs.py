@@ -9,8 +9,8 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 
-from data_pipeline.recipe import Input
-from data_pipeline.sources.text import clean, html_to_text
+from data_pipeline.recipe import Input, Raw
+from data_pipeline.sources.text import html_to_text
 
 _STDLIB = pathlib.Path(sysconfig.get_path('stdlib'))
 _TESTS = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
@@ -34,16 +34,16 @@ class PythonReference:
   def fetch(self, scratch: pathlib.Path) -> list[Input]:
     return [Input(paths=(), lineage=f'Python {platform.python_version()}')]
 
-  def read(self, unit: Input) -> Iterator[tuple[str, str]]:
+  def read(self, unit: Input) -> Iterator[Raw]:
     from pydoc_data.topics import topics  # 0.5 MB of text, wanted only here
     for topic, text in sorted(topics.items()):
-      yield f'python:topic/{topic}', clean(text)
+      yield Raw(f'python:topic/{topic}', text)
     for module_name in sorted(set(sys.builtin_module_names) - {'__main__'}):
-      yield f'python:builtin/{module_name}', clean('\n\n'.join(_describe_builtin(module_name)))
+      yield Raw(f'python:builtin/{module_name}', '\n\n'.join(_describe_builtin(module_name)))
     for path in library_files('.txt', '.rst', '.html'):
       data = path.read_bytes()
-      text = html_to_text(data) if path.suffix == '.html' else clean(data.decode('utf-8', errors='replace'))
-      yield f'python:file/{path.relative_to(_STDLIB).as_posix()}', text
+      text = html_to_text(data) if path.suffix == '.html' else data.decode('utf-8', errors='replace')
+      yield Raw(f'python:file/{path.relative_to(_STDLIB).as_posix()}', text)
 
 
 def _describe_builtin(module_name: str) -> Iterator[str]:
@@ -73,7 +73,7 @@ class PythonLibrary:
   def fetch(self, scratch: pathlib.Path) -> list[Input]:
     return [Input(paths=tuple(str(path) for path in library_files('.py')), lineage=f'Python {platform.python_version()}')]
 
-  def read(self, unit: Input) -> Iterator[tuple[str, str]]:
+  def read(self, unit: Input) -> Iterator[Raw]:
     for name in unit.paths:
       path = pathlib.Path(name)
       if path.parent.name == 'pydoc_data':
@@ -84,9 +84,9 @@ class PythonLibrary:
       except SyntaxError:
         continue  # the library ships a few files that are wrong on purpose
       module = '.'.join(path.relative_to(_STDLIB).with_suffix('').parts).removesuffix('.__init__')
-      text = clean(f'module {module}\n\n' + '\n\n'.join(_docstrings(tree, indent='')))
+      text = f'module {module}\n\n' + '\n\n'.join(_docstrings(tree, indent=''))
       if ast.get_docstring(tree) or text.count('\n\n') > 1:
-        yield f'python:library/{module}', text
+        yield Raw(f'python:library/{module}', text)
 
 
 def _docstrings(node: ast.AST, indent: str) -> Iterator[str]:

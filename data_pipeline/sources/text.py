@@ -8,7 +8,7 @@ from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 # Navigation bars and tables of contents of the generators that documentation is made with.
 _SKIPPED = ('nav', '.navheader', '.navfooter', '.NAVHEADER', '.NAVFOOTER', '.toc', '.TOC', '.book-navigation')
 _LISTING_NUMBER = re.compile(r'(?m)^(>?) {0,4}\d{1,4}&nbsp;')  # DocBook's DSSSL numbers the lines of a listing
-_NOT_TEXT = re.compile('[\x00-\x08\x0b-\x1f\x7f\xad\u200b\ufeff]')  # control characters, hints where to break a line
+_NOT_TEXT = re.compile('[\x00-\x08\x0b-\x1f\x7f\xad\u200b\ufeff\ud800-\udfff]')  # control characters, hints where to break a line
 
 
 def html_to_text(html: bytes) -> str:
@@ -19,7 +19,7 @@ def html_to_text(html: bytes) -> str:
   """
   text = bytes_to_str(html, detect_encoding(html, from_html_meta=True))
   text = _LISTING_NUMBER.sub(r'\1', text)
-  return clean(extract_plain_text(text, alt_texts=False, skip_elements=list(_SKIPPED)))
+  return extract_plain_text(text, alt_texts=False, skip_elements=list(_SKIPPED))
 
 
 def clean(text: str) -> str:

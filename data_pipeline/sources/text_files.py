@@ -8,8 +8,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from data_pipeline.recipe import Input
-from data_pipeline.sources.text import clean, html_to_text
+from data_pipeline.recipe import Input, Raw
+from data_pipeline.sources.text import html_to_text
 
 _BYTES_A_SHARD = 64 << 20
 
@@ -44,21 +44,24 @@ class TextFiles:
       size += os.stat(path).st_size
     return [Input(paths=tuple(group), lineage=f'{len(group)} files of {self.pattern}') for group in groups]
 
-  def read(self, unit: Input) -> Iterator[tuple[str, str]]:
+  def read(self, unit: Input) -> Iterator[Raw]:
     for path in unit.paths:
       if path.endswith('.jsonl'):
         yield from _read_json_lines(path)
       elif path.endswith(('.html', '.htm')):
-        yield path, html_to_text(pathlib.Path(path).read_bytes())
+        yield Raw(path, pathlib.Path(path).read_bytes())
       else:
         try:
-          yield path, clean(pathlib.Path(path).read_text(encoding='utf-8'))
+          yield Raw(path, pathlib.Path(path).read_text(encoding='utf-8'))
         except UnicodeDecodeError as error:
           raise ValueError(f'{path} is not utf-8 text ({error.reason} at byte {error.start}): convert it or '
                            'narrow the pattern') from error
 
+  def extract(self, raw: Raw) -> tuple[str, dict[str, int]]:
+    return html_to_text(raw.content), {}
 
-def _read_json_lines(path: str) -> Iterator[tuple[str, str]]:
+
+def _read_json_lines(path: str) -> Iterator[Raw]:
   with open(path, encoding='utf-8') as lines:
     for number, line in enumerate(lines, 1):
       try:
@@ -67,4 +70,4 @@ def _read_json_lines(path: str) -> Iterator[tuple[str, str]]:
         raise ValueError(f'{path} line {number} is not JSON: {error}') from error
       if not isinstance(record, dict) or not isinstance(record.get('text'), str):
         raise ValueError(f'{path} line {number} has no "text": each line is an object {{"text": "…"}}')
-      yield record.get('url') or f'{path}#{number}', clean(record['text'])
+      yield Raw(record.get('url') or f'{path}#{number}', record['text'])
