@@ -98,7 +98,7 @@ class _Build:
     reports = report.write(self.root, self.recipe, sources=sources, steps=judged, selection=chosen, rows=packed)
     manifest = self._manifest(sources, judged, chosen, vocabulary, packed, reports)
     shards.write_json(self.root / 'manifest.json', manifest)
-    keep = {file['path'] for file in manifest['files']} | {f'build/{name}.json' for name in self.tasks.used}
+    keep = {file['path'] for file in manifest['files']} | {f'build/{name}.json' for name in self.tasks.lasting}
     shards.remove_leftovers(self.root, keep | {'build/lock'})
     _say(f'done in {time.monotonic() - started:.0f} s: {_summary(manifest)}\nwhat was left out and why: '
          f'{self.root / "report.html"}')
@@ -117,8 +117,7 @@ class _Build:
           name = f'{source.name}/{i:05d}-of-{len(inputs):05d}.parquet'
           key = shards.key_of(keys[source.name], name, unit.lineage)
           tasks.append((f'documents-{source.name}-{i:05d}', key, source, unit, name, self.recipe.limits))
-      written = self.tasks.run('documents', documents.write_shard, tasks)
-    self.tasks.used -= {task[0] for task in tasks}  # they only bridge a killed build
+      written = self.tasks.run('documents', documents.write_shard, tasks, lasting=False)
     for source in missing:
       units = [record for record in written if record['source'] == source.name]
       shards.write_record(self.root, f'documents-{source.name}', keys[source.name],
@@ -162,8 +161,9 @@ class _Build:
       tasks.append((f'selection-{i:05d}', shards.key_of(shard.documents, shard.hashes, how, code), shard, *how))
     records = self.tasks.run('selection', selection.write_shard, tasks)
     counts = _verdicts([record['counts'] for record in records])
-    _say(f'3 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out; dropped '
-         f'{counts[selection.SHORT]:,} shorter than {recipe.min_bytes} bytes')
+    _say(f'3 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out; shortest '
+         f'{recipe.min_bytes} bytes')
+    _say_removed(records)
     if not counts['train']:
       raise ValueError(f'recipe {recipe.name}: no document is left to train on: see {self.root / "selection"}')
     return records
@@ -188,11 +188,12 @@ class _Build:
 
   def _words(self, found: list[Shard], chosen: list[dict]) -> Iterator[str]:
     """What a tokenizer is trained on: all training documents, or as many of them as have `_TOKENIZER_BYTES`."""
-    n_bytes = sum(record['bytes'].get(selection.TRAIN, 0) for record in chosen)
+    n_bytes = sum(record['text_bytes'].get(selection.TRAIN, 0) for record in chosen)
     every = -(-n_bytes // _TOKENIZER_BYTES)  # th document
     for shard in found:
       texts = (text for text, _ in selection.read_split(self.root, shard, selection.TRAIN))
-      yield from itertools.islice(map(chat.words, texts) if shard.source in self.formats else texts, 0, None, max(every, 1))
+      words = map(chat.words, texts) if shard.source in self.formats else texts
+      yield from itertools.islice(words, 0, None, max(every, 1))
 
   def _rows(self, found: list[Shard], chosen: list[dict], vocabulary: dict, seq_len: int) -> list[dict]:
     """Shards of rows of one length."""
@@ -202,8 +203,8 @@ class _Build:
     for shard, verdict in zip(found, chosen):
       how = self.formats.get(shard.source)
       chats = None if how is None else (self._chat_template(vocabulary), how.too_long)
-      key = shards.key_of(shard.documents, shard.hashes, _hashes([verdict]), vocabulary['sha256'], ends, chats, buckets, seq_len,
-                          code)
+      key = shards.key_of(shard.documents, shard.hashes, _hashes([verdict]), vocabulary['sha256'], ends, chats, buckets,
+                          seq_len, code)
       tasks.append((f'rows-{seq_len}-{shard.source}-{len(tasks):05d}', key, shard, seq_len, *ends, chats, buckets))
     done_before = None not in [self.tasks.recorded(*task[:2]) for task in tasks]
     records = self.tasks.run(f'rows of {seq_len}', rows.write_shards, tasks)
@@ -229,8 +230,8 @@ class _Build:
       raise ValueError(f'recipe {self.recipe.name}: its sources name {len(named)} chat templates; a model has one')
     return pathlib.Path(*named).read_text(encoding='utf-8') if named else vocabulary['chat_template'] or chat.OURS
 
-  def _manifest(self, sources: list[dict], judged: list[list[dict]], chosen: list[dict], vocabulary: dict, packed: list[dict],
-                reports: list[dict]) -> dict:
+  def _manifest(self, sources: list[dict], judged: list[list[dict]], chosen: list[dict], vocabulary: dict,
+                packed: list[dict], reports: list[dict]) -> dict:
     parts = [*(record for source in sources for record in source['units']), *itertools.chain(*judged), *chosen, vocabulary]
     row_files = [{key: shard[key] for key in ('path', 'bytes', 'xxh3')} for shard in packed]
     per_source = {}

@@ -18,7 +18,7 @@ class SourceUnavailable(OSError):
 
 
 class Reject(ValueError):
-  """A document that is left out. Its text is the reason in a few words that are the same for all of its kind: 'encrypted'."""
+  """A document that is left out. Its text is the reason, in a few words that are the same for all such: 'encrypted'."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Step(Protocol):
   name: str  # of its folder and its line in the report; a field or a property
 
   def state(self) -> str:
-    """What decides the verdicts besides fields and documents: `shards.code_of` its modules, hashes of files that it reads."""
+    """What decides the verdicts besides fields and documents: `shards.code_of` modules, hashes of files that it reads."""
 
   def judge(self, tasks, shards: list) -> list[dict]:
     """A record for each `verdicts.Shard`, of `verdicts.write`, by `tasks.run` of a `tasks.Tasks`."""

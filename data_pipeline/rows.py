@@ -36,11 +36,12 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, shard: verdicts
       parts = [shard.source] * len(streams)
     for part in sorted(set(parts)):
       mine = [i for i, name in enumerate(parts) if name == part]
-      entry = _write_part(root, _path(root, shard, part, split, seq_len), [streams[i] for i in mine],
-                          None if counts is None else [counts[i] for i in mine], seq_len, dtype, sizes)
+      path = root / f'rows-{seq_len}' / part / f'{split}-{pathlib.PurePosixPath(shard.documents).stem}.arrayrecord'
+      entry = _write_part(root, path, [streams[i] for i in mine], None if counts is None else [counts[i] for i in mine],
+                          seq_len, dtype, sizes)
       files.append({name: entry[name] for name in ('path', 'bytes', 'xxh3')})
-      written.append({**entry, 'source': part, 'of': shard.source, 'split': split, 'seq_len': seq_len, 'masked': chats is not None,
-                      'tokenizer_sha256': tokenizer_sha256})
+      written.append({**entry, 'source': part, 'of': shard.source, 'split': split, 'seq_len': seq_len,
+                      'masked': chats is not None, 'tokenizer_sha256': tokenizer_sha256})
   return shards.write_record(root, record_name, key, files, shards=written, dropped=dropped)
 
 
@@ -48,10 +49,6 @@ def _part(source: str, bucket: str, n_tokens: int, length_buckets: tuple[int, ..
   """web, web.q3, web.8192, web.q3.8192"""
   longer = [least for least in length_buckets if n_tokens >= least]
   return '.'.join([source, *[bucket] * bool(bucket), *map(str, longer[-1:])])
-
-
-def _path(root: pathlib.Path, shard: verdicts.Shard, part: str, split: str, seq_len: int) -> pathlib.Path:
-  return root / f'rows-{seq_len}' / part / f'{split}-{pathlib.PurePosixPath(shard.documents).stem}.arrayrecord'
 
 
 def _write_part(root: pathlib.Path, path: pathlib.Path, streams: list, counts: list | None, seq_len: int, dtype: np.dtype,

@@ -54,8 +54,8 @@ class LocalRunner:
         self.__exit__()
         deaths += 1
         if deaths == _DEATHS:
-          raise OSError('a worker process died (killed, or out of memory), and so did those that took its place: run the same '
-                        'command again, with fewer workers if memory was short') from error
+          raise OSError('a worker process died (killed, or out of memory), and so did those that took its place: run the '
+                        'same command again, with fewer workers if memory was short') from error
 
   def _run_once(self, function, tasks: dict[int, tuple]) -> Iterator[tuple]:
     if self._pool is None:

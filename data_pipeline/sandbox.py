@@ -41,7 +41,7 @@ class Sandbox:
       text, counts, reason = self._connection.recv()
     except (EOFError, ConnectionError) as error:
       self._process.join()
-      raise Reject({-signal.SIGPROF: 'out of time', -signal.SIGKILL: 'killed'}.get(self._process.exitcode, 'crashed')) from error
+      raise Reject('out of time' if self._process.exitcode == -signal.SIGPROF else 'crashed') from error
     finally:
       if self._process.exitcode is not None:
         self._left = 0

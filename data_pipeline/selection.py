@@ -26,24 +26,28 @@ def split_of(document_id: str, validation_fraction: float) -> str:
 
 def write_shard(root: pathlib.Path, record_name: str, key: str, shard: verdicts.Shard, are_chats: bool, min_bytes: int,
                 validation_fraction: float) -> dict:
-  """Commits a verdict for every document of a shard; returns the record, with counts. Runs in a worker.
+  """Commits a verdict for every document of a shard; returns the record. Runs in a worker.
 
+  record['counts']: documents by verdict; record['text_bytes']: of each split, edited; the rest is of `verdicts.count`.
   are_chats: whether the documents are conversations; lines of chat files that are none are left out.
   """
   ids = pq.read_table(root / shard.documents, columns=['id'])['id'].to_pylist()
-  verdict, n_bytes = verdicts.reasons(root, shard).copy(), collections.Counter()
+  verdict, n_bytes, rejected = verdicts.reasons(root, shard).copy(), collections.Counter(), {}
   for rows, texts in verdicts.edited(root, shard):
     for row, text in zip(rows.tolist(), texts):
       size = len(text.encode())
-      verdict[row] = ((are_chats and chat.rejection(text)) or (size < min_bytes and SHORT)
-                      or split_of(ids[row], validation_fraction))
-      n_bytes[verdict[row]] += size
+      if reason := (are_chats and chat.rejection(text)) or (size < min_bytes and SHORT):
+        verdict[row] = rejected[row] = reason
+      else:
+        verdict[row] = split_of(ids[row], validation_fraction)
+        n_bytes[verdict[row]] += size
   path = _selection_of(root, shard.documents)
   with shards.committed(path) as temporary:
     pq.write_table(pa.table({'id': pa.array(ids, pa.string()), 'verdict': pa.array(verdict, pa.string()),
                              'bucket': _buckets(root, shard)}), temporary, compression='zstd')
   return shards.write_record(root, record_name, key, [shards.entry(root, path)], source=shard.source,
-                             counts=dict(collections.Counter(verdict.tolist())), bytes=dict(n_bytes))
+                             counts=dict(collections.Counter(verdict.tolist())), text_bytes=dict(n_bytes),
+                             **verdicts.count(root, shard, rejected))
 
 
 def _buckets(root: pathlib.Path, shard: verdicts.Shard) -> pa.Array:

@@ -8,7 +8,6 @@
 Text is written once. A step writes verdicts, and a new step rewrites no text.
 """
 
-import collections
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -92,8 +91,7 @@ def write(root: pathlib.Path, record_name: str, key: str, step: str, shard: Shar
   """Commits what a step says of a shard; returns the record. Called by the step's task, in a worker.
 
   rejected: row -> reason, of rows that were kept so far. columns: what else was found, [rows] each ('edits' as EDITS).
-  facts: numbers for the report, added up over shards: {'languages': {'en': 12}}. The record counts documents and bytes that
-  come in, and those that go for each reason, with a few samples.
+  facts: numbers for the report, added up over shards: {'languages': {'en': 12}}. The rest of the record is of `count`.
   """
   before, after = reasons(root, shard), reasons(root, shard).copy()
   for row, reason in rejected.items():
@@ -102,18 +100,22 @@ def write(root: pathlib.Path, record_name: str, key: str, step: str, shard: Shar
   path = root / 'verdicts' / step / pathlib.PurePosixPath(shard.documents).relative_to('documents')
   with shards.committed(path) as temporary:
     pq.write_table(pa.table({'reason': pa.array(after, pa.string()), **(columns or {})}), temporary, compression='zstd')
+  return shards.write_record(root, record_name, key, [shards.entry(root, path)], source=shard.source, step=step,
+                             facts=facts, **count(root, shard, rejected))
+
+
+def count(root: pathlib.Path, shard: Shard, rejected: Mapping[int, str]) -> dict:
+  """For a record: documents and bytes that come in, and {removed: {reason: {documents, bytes, samples: [{url, text}]}}}."""
   sizes = pq.read_table(root / shard.documents, columns=['bytes'])['bytes'].to_numpy()
-  removed = collections.defaultdict(lambda: {'documents': 0, 'bytes': 0, 'samples': []})
+  removed, alive = {}, reasons(root, shard) == ''
   for row in sorted(rejected):
-    of_reason = removed[rejected[row]]
+    of_reason = removed.setdefault(rejected[row], {'documents': 0, 'bytes': 0, 'samples': []})
     of_reason['documents'] += 1
     of_reason['bytes'] += int(sizes[row])
     if len(of_reason['samples']) < _SAMPLES:
       of_reason['samples'].append(row)
   _show(root / shard.documents, removed)
-  alive = before == ''
-  return shards.write_record(root, record_name, key, [shards.entry(root, path)], source=shard.source, step=step,
-                             documents=int(alive.sum()), bytes=int(sizes[alive].sum()), removed=dict(removed), facts=facts)
+  return {'documents': int(alive.sum()), 'bytes': int(sizes[alive].sum()), 'removed': removed}
 
 
 def _show(documents: pathlib.Path, removed: dict) -> None:
@@ -123,7 +125,8 @@ def _show(documents: pathlib.Path, removed: dict) -> None:
   for batch in pq.ParquetFile(documents).iter_batches(_ROWS_A_BATCH, columns=['url', 'text']) if wanted else ():
     for row in wanted:
       if first <= row < first + len(batch):
-        shown[row] = {'url': batch['url'][row - first].as_py(), 'text': batch['text'][row - first].as_py()[:_SAMPLE_CHARACTERS]}
+        url, text = (batch[name][row - first].as_py() for name in ('url', 'text'))
+        shown[row] = {'url': url, 'text': text[:_SAMPLE_CHARACTERS]}
     first += len(batch)
   for of_reason in removed.values():
     of_reason['samples'] = [shown[row] for row in of_reason['samples']]

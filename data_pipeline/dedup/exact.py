@@ -30,15 +30,15 @@ class Exact:
   def judge(self, tasks, shards_: list[verdicts.Shard]) -> list[dict]:
     everything = shards.key_of(shards.describe(self), self.state(), [(shard.documents, shard.hashes) for shard in shards_])
     n_partitions = 1 + sum(shard.rows for shard in shards_) // _DOCUMENTS_A_PARTITION
-    work = [f'build/work/{self.name}/ids-{i:05d}.npy' for i in range(len(shards_))]
-    found = [f'build/work/{self.name}/found-{i:05d}.npy' for i in range(n_partitions)]
+    work = [f'build/steps/{self.name}/ids-{i:05d}.npy' for i in range(len(shards_))]
+    found = [f'build/steps/{self.name}/found-{i:05d}.npy' for i in range(n_partitions)]
     last = [(f'{self.name}-{i:05d}', everything, self.name, shard, found, i) for i, shard in enumerate(shards_)]
     if None in [tasks.recorded(*task[:2]) for task in last]:
       tasks.run('exact duplicates: ids', _lay_out, [
         (f'{self.name}-ids-{i:05d}', everything, shard, path, i, n_partitions) for i, (shard, path) in
-        enumerate(zip(shards_, work))])
+        enumerate(zip(shards_, work))], lasting=False)
       tasks.run('exact duplicates: sort', _find, [
-        (f'{self.name}-found-{i:05d}', everything, work, path, i) for i, path in enumerate(found)])
+        (f'{self.name}-found-{i:05d}', everything, work, path, i) for i, path in enumerate(found)], lasting=False)
     return tasks.run('exact duplicates: verdicts', _collect, last)
 
 

@@ -8,7 +8,7 @@ from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 # Navigation bars and tables of contents of the generators that documentation is made with.
 _SKIPPED = ('nav', '.navheader', '.navfooter', '.NAVHEADER', '.NAVFOOTER', '.toc', '.TOC', '.book-navigation')
 _LISTING_NUMBER = re.compile(r'(?m)^(>?) {0,4}\d{1,4}&nbsp;')  # DocBook's DSSSL numbers the lines of a listing
-_NOT_TEXT = re.compile('[\x00-\x08\x0b-\x1f\x7f\xad\u200b\ufeff\ud800-\udfff]')  # control characters, hints where to break a line
+_NOT_TEXT = re.compile('[\x00-\x08\x0b-\x1f\x7f\xad\u200b\ufeff\ud800-\udfff]')  # control characters, hints, halves
 
 
 def html_to_text(html: bytes) -> str:
