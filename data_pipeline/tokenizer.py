@@ -2,8 +2,12 @@
 
 Byte-level: every text has tokens, and tokens give back the text byte for byte. The pattern that splits text before the
 merges is that of GPT-4 (OpenAI's cl100k_base) with each digit apart, so that numbers are spelt the same everywhere.
+
+Documents are encoded by the engine of OpenAI's tiktoken where that is known to give the same tokens, by the tokenizers
+library where it is not.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -19,6 +23,9 @@ from data_pipeline import shards
 END_OF_TEXT = '<|endoftext|>'
 _PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
             r'|\s*[\r\n]+|\s+(?!\S)|\s+')
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel itself
+_COMPARED = (_PATTERN, _PATTERN.replace(r'|\p{N}|', r'|\p{N}{1,3}|'), _GPT2)  # by both libraries, on every character
+_GAP = 1_000_000  # characters of white space that end tiktoken with a stack overflow
 _TEXTS_A_CALL = 256
 
 
@@ -85,14 +92,67 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
   """The tokenizer as documents are encoded with it: a text that spells <|endoftext|> does not end a document."""
   tokenizer = tokenizers.Tokenizer.from_file(str(path))
   tokenizer.encode_special_tokens = True
+  tokenizer.no_truncation()  # which a tokenizer.json may ask for
+  tokenizer.no_padding()
   return tokenizer
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
-  """Token ids of each text, int32 [n], without the tokens that begin and end it."""
-  for start in range(0, len(texts), _TEXTS_A_CALL):
-    for encoding in tokenizer.encode_batch_fast(texts[start:start + _TEXTS_A_CALL], add_special_tokens=False):
-      yield np.array(encoding.ids, np.int32)
+  """Token ids of each text, int32 [n], without the tokens that begin and end it. The tokenizer is one of `load`."""
+  quick = _engine(tokenizer.to_str())
+  if quick is None:
+    for start in range(0, len(texts), _TEXTS_A_CALL):
+      for encoding in tokenizer.encode_batch_fast(texts[start:start + _TEXTS_A_CALL], add_special_tokens=False):
+        yield np.array(encoding.ids, np.int32)
+    return
+  engine, always = quick
+  for text in texts:
+    normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    if any(token in text or token in normal for token in always) or _has_long_gap(normal):
+      ids = tokenizer.encode(text, add_special_tokens=False).ids
+    else:
+      ids = engine.encode_ordinary(normal)
+    yield np.array(ids, np.int32)
+
+
+def _has_long_gap(text: str) -> bool:
+  """Whether white space may fill `_GAP` characters and more: then it fills one of these blocks."""
+  return any(text[start:start + _GAP // 2].isspace() for start in range(0, len(text), _GAP // 2))
+
+
+@functools.lru_cache(2)
+def _engine(text: str):
+  """(a `tiktoken.Encoding`, added tokens that are tokens wherever they are spelt) that makes of every text what the
+  tokenizer of this tokenizer.json makes of it; None where that is not known.
+
+  tiktoken merges whatever gives a token, the least id first; a tokenizer.json lists the pairs that are merged. Both do the
+  same if the list is in the order of ids and leads from the bytes of each token to the token: when two neighbours could be
+  merged, what happened inside them is what happens to their bytes alone, so this pair is the one that the list has.
+  """
+  import tiktoken  # of the data extra; training does not encode
+  described = json.loads(text)
+  model, before = described['model'], described['pre_tokenizer'] or {'type': None}
+  steps = before.get('pretokenizers') or [before]
+  pattern = _GPT2 if steps[-1].get('use_regex') else steps[0].get('pattern', {}).get('Regex')
+  if (model['type'] != 'BPE' or [step['type'] for step in steps] != ['Split', 'ByteLevel'][pattern == _GPT2:]
+      or pattern not in _COMPARED or steps[-1]['add_prefix_space'] or steps[0].get('invert')
+      or steps[0].get('behavior', 'Isolated') != 'Isolated'
+      or any(model[name] for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'))):
+    return None
+  letters, vocab = set(pre_tokenizers.ByteLevel.alphabet()), model['vocab']
+  merged = [vocab[first + second] for first, second in model['merges']]
+  # A byte that is a printable character is spelt as that, the others as the characters from 256 on, in order.
+  byte_of = dict(zip(sorted(letters), sorted(range(256), key=lambda byte: (chr(byte) not in letters, byte))))
+  reached = letters & set(vocab) | {a + b for a, b in model['merges']}
+  same = tokenizers.Tokenizer.from_str(text)
+  bpe, normal = same.model, same.normalizer.normalize_str if same.normalizer else str
+  bpe.ignore_merges = False
+  if (not letters <= reached or merged != sorted(merged) or any(len(bpe.tokenize(token)) != 1 for token in reached)
+      or model['ignore_merges'] and len(reached) < len(vocab)):
+    return None
+  ranks = {bytes(byte_of[letter] for letter in token): vocab[token] for token in reached}
+  plain = [token['content'] for token in described['added_tokens'] if not token['special']]
+  return tiktoken.Encoding('', pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), {*plain, *map(normal, plain)}
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
