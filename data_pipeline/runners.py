@@ -61,6 +61,7 @@ class LocalRunner:
     if self._pool is None:
       # Not fork: the caller may hold JAX and its threads.
       context = multiprocessing.get_context('forkserver')
+      context.set_forkserver_preload(['data_pipeline.documents'])
       self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _start_worker, (self.workers,))
     futures = {self._pool.submit(function, *task): index for index, task in tasks.items()}
     try:

@@ -37,23 +37,25 @@ class Sandbox:
     try:
       self._connection.send(raw)
       if not self._connection.poll(self.limits.wall_seconds):
+        self._end()
         raise Reject('out of time')
       text, counts, reason = self._connection.recv()
     except (EOFError, ConnectionError) as error:
       self._process.join()
-      raise Reject('out of time' if self._process.exitcode == -signal.SIGPROF else 'crashed') from error
-    finally:
-      if self._process.exitcode is not None:
-        self._left = 0
+      code = self._process.exitcode
+      self._end()
+      raise Reject('out of time' if code == -signal.SIGPROF else 'crashed') from error
     if reason:
       raise Reject(reason)
     return text, counts
 
   def _begin(self) -> None:
     context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__, 'data_pipeline.documents', type(self.source).__module__])
     self._connection, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs, self.source, self.limits), daemon=True)
-    self._process.start()
+    process = context.Process(target=_serve, args=(theirs, self.source, self.limits), daemon=True)
+    process.start()
+    self._process = process
     theirs.close()
     self._left = _DOCUMENTS
 
@@ -62,7 +64,7 @@ class Sandbox:
       self._process.kill()
       self._process.join()
       self._connection.close()
-      self._process = None
+      self._process, self._left = None, 0
 
 
 def _serve(connection, source, limits: Limits) -> None:
