@@ -7,9 +7,9 @@
 found, 1: found, 2: it could not be done.
 
 A passage is a string of an item with `min_words` words or more; the shorter ones of an item are one passage together, if
-that has so many. The score of a passage in a document is the share of its word n-grams that occur there, in a stretch at most
-about twice as long as the passage, each weighted by how few passages have it. A passage of `long_words` is found at
-`threshold`; of shorter ones more is asked for, up to all. Layout, punctuation and case do not count (`words.py`).
+that has so many. The score of a passage in a document is the share of its word n-grams that occur there, in a stretch about
+twice as long as the passage, each weighted by how few passages have it. A passage of `long_words` is found at `threshold`;
+of shorter ones more is asked for, up to all. Layout, punctuation and case do not count (`words.py`).
 """
 
 import argparse

@@ -21,7 +21,7 @@ def write(root: pathlib.Path, shards_of: list[list]) -> list[verdicts.Shard]:
       row = {'source': 'web', 'url': f'{i}:{j}', 'date': '', 'parent': '', 'lineage': ''}
       row |= one if isinstance(one, dict) else {'text': one}
       data = row['text'].encode()
-      rows.append({'id': xxhash.xxh3_128_hexdigest(data), 'bytes': len(data)} | row)
+      rows.append({'id': id_of(row['text']), 'bytes': len(data)} | row)
     path = root / f'documents/web/{i:05d}-of-{len(shards_of):05d}.parquet'
     with shards.committed(path) as temporary:
       pq.write_table(pa.Table.from_pylist(rows, documents._SCHEMA), temporary, compression='zstd')
@@ -40,3 +40,7 @@ def judge(root: pathlib.Path, step, of: list[verdicts.Shard], workers: int = 1) 
 def table(root: pathlib.Path, shard: verdicts.Shard) -> pa.Table:
   """What the last step said of a shard."""
   return pq.read_table(root / shard.verdicts[-1])
+
+
+def id_of(text: str) -> str:
+  return xxhash.xxh3_128_hexdigest(text.encode())

@@ -4,7 +4,7 @@ MinHash (Broder 1997) in bands proposes pairs; a pair counts only once its sets 
 then gone through from the best to the worst (the newest, then the longest, then the smallest id): one goes only if it is
 similar to one that is kept. What is similar to it only by way of others stays, so no chain of likenesses empties a source.
 
-Only hashes and places travel. The graph of tasks, in build/work/<name>/:
+Only hashes and places travel. The graph of tasks, in build/steps/<name>/:
 
     signatures  a task a shard: a byte a hash for each document, and its bands' hashes with their rows, sorted
     pairs       a task a range of band hashes: pairs of documents in one bucket whose signatures agree well enough
@@ -18,6 +18,8 @@ Disk: about 400 bytes a document, and 8 a word of those in a pair. Memory: a bat
 
 import collections
 import dataclasses
+import functools
+import itertools
 import pathlib
 import sys
 
@@ -31,6 +33,7 @@ NEAR = 'near duplicate'
 _RECALL = 0.99  # of pairs at the threshold, to be in one bucket of some band
 _DEVIATIONS = 3.5  # of an estimate by signatures, that a pair is given before it is dropped unseen
 _BANDS_A_PARTITION, _PAIRS_AT_ONCE = 4_000_000, 4_000_000  # 0.7 GB, 0.5 GB
+_EDGES_A_SAMPLE = 1024
 _LEADERS, _PAIRS_A_BAND = 256, 16  # that a document is compared with, and paired with, in one bucket
 _BAND = np.dtype([('hash', '<u8'), ('row', '<u4')])
 _RANK = np.dtype([('age', '<u8'), ('id', '<u8')])  # the smaller the better
@@ -69,19 +72,21 @@ class Fuzzy:
     n_partitions = 1 + sum(n_rows) * self.bands[0] // _BANDS_A_PARTITION
     of_each = lambda what, *more: [(f'{self.name}-{what}-{i:05d}', everything, self, shard, i, *more)
                                    for i, shard in enumerate(shards_)]
-    last = [(f'{self.name}-{i:05d}', everything, self, shard, i, sum(n_rows[:i])) for i, shard in enumerate(shards_)]
+    last = [(f'{self.name}-{i:05d}', everything, self, shard, i, first) for i, (shard, first) in
+            enumerate(zip(shards_, itertools.accumulate(n_rows, initial=0)))]
     if None in [tasks.recorded(*task[:2]) for task in last]:
-      tasks.run('near duplicates: signatures', _sign, of_each('signatures', n_partitions))
-      tasks.run('near duplicates: pairs', _propose, [(f'{self.name}-pairs-{i:05d}', everything, self, i, n_shards)
-                                                     for i in range(n_partitions)])
-      tasks.run('near duplicates: sets', _write_sets, of_each('sets', n_partitions))
-      tasks.run('near duplicates: compare', _compare, of_each('compared', n_partitions))
-      tasks.run('near duplicates: decide', _decide, [(f'{self.name}-decided', everything, self, n_rows)])
+      run = functools.partial(tasks.run, lasting=False)
+      run('near duplicates: signatures', _sign, of_each('signatures', n_partitions))
+      run('near duplicates: pairs', _propose, [(f'{self.name}-pairs-{i:05d}', everything, self, i, n_shards)
+                                               for i in range(n_partitions)])
+      run('near duplicates: sets', _write_sets, of_each('sets', n_partitions))
+      run('near duplicates: compare', _compare, of_each('compared', n_partitions))
+      run('near duplicates: decide', _decide, [(f'{self.name}-decided', everything, self, n_rows)])
     return tasks.run('near duplicates: verdicts', _collect, last)
 
 
 def _work(step: Fuzzy, what: str, index: int) -> pathlib.PurePosixPath:
-  return pathlib.PurePosixPath('build/work', step.name, f'{what}-{index:05d}.npy')
+  return pathlib.PurePosixPath('build/steps', step.name, f'{what}-{index:05d}.npy')
 
 
 def _save(root: pathlib.Path, path: pathlib.PurePosixPath, values: np.ndarray) -> dict:
@@ -322,7 +327,7 @@ def _decide(root: pathlib.Path, record_name: str, key: str, step: Fuzzy, n_rows:
   """decided: _FOUND [all documents]. All pairs of a better document come before those in which it is the better one."""
   edges = [_load(root, step, 'compared', i) for i in range(len(n_rows))]
   n_edges, path = sum(map(len, edges)), root / _work(step, 'decided', 0)
-  sample = np.sort(np.concatenate([part['age'][::1024] for part in edges]))
+  sample = np.sort(np.concatenate([part['age'][::_EDGES_A_SAMPLE] for part in edges]))
   ages = np.unique(sample[::max(1, len(sample) * _PAIRS_AT_ONCE // max(n_edges, 1))])  # a range of ages at a time
   first = np.cumsum([0, *n_rows[:-1]])
   with shards.committed(path) as temporary:

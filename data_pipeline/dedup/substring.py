@@ -43,23 +43,25 @@ class Substrings:
 
   def judge(self, tasks, shards_: list[verdicts.Shard]) -> list[dict]:
     everything = shards.key_of(shards.describe(self), self.state(), [(shard.documents, shard.hashes) for shard in shards_])
-    names, groups = [f'{self.name}-{i:05d}' for i in range(len(shards_))], []
+    names, groups_of = [f'{self.name}-{i:05d}' for i in range(len(shards_))], [[] for _ in shards_]
     if None in [tasks.recorded(name, everything) for name in names]:
       pieces = tasks.run('repeats: sizes', _measure, [(f'{self.name}-sizes-{i:05d}', everything, self, shard)
-                                                      for i, shard in enumerate(shards_)])
+                                                      for i, shard in enumerate(shards_)], lasting=False)
       groups = self._groups([(i, piece) for i, record in enumerate(pieces) for piece in record['pieces']])
       tasks.run('repeats: suffix arrays', _find, [
         (f'{self.name}-found-{g:05d}', everything, self, g, [(shards_[i], i, start, end) for i, (start, end, _) in group])
-        for g, group in enumerate(groups)])
-    return tasks.run('repeats: verdicts', _collect, [
-      (names[i], everything, self, shard, i, [g for g, group in enumerate(groups) if i in dict(group)])
-      for i, shard in enumerate(shards_)])
+        for g, group in enumerate(groups)], lasting=False)
+      for g, group in enumerate(groups):
+        for i in dict(group):
+          groups_of[i].append(g)
+    return tasks.run('repeats: verdicts', _collect, [(names[i], everything, self, shard, i, groups_of[i])
+                                                     for i, shard in enumerate(shards_)])
 
   def _groups(self, pieces: list[tuple]) -> list[list[tuple]]:
     """Pieces (shard, (first row, end, bytes)) in order, as many together as there is room for."""
     groups, room = [], 0
     for i, piece in pieces:
-      if piece[2] > room:
+      if not groups or piece[2] > room:
         groups, room = [*groups, []], self.group_bytes
       groups[-1].append((i, piece))
       room -= piece[2]
@@ -79,7 +81,7 @@ def _measure(root: pathlib.Path, record_name: str, key: str, step: Substrings, s
 
 
 def _path(step: Substrings, group: int) -> str:
-  return f'build/work/{step.name}/found-{group:05d}.npy'
+  return f'build/steps/{step.name}/found-{group:05d}.npy'
 
 
 def _find(root: pathlib.Path, record_name: str, key: str, step: Substrings, group: int, pieces: list[tuple]) -> dict:
@@ -181,7 +183,7 @@ def _between_words(text: bytes, start: int, end: int) -> tuple[int, int]:
   if start and text[start - 1] not in _BLANK:
     near = [text.find(blank, start, start + _TO_BLANK) for blank in (b' ', b'\n', b'\t')]
     start = min([at + 1 for at in near if at >= 0], default=start)
-  if end < len(text) and text[end] not in _BLANK:
+  if end < len(text) and text[end] not in _BLANK and text[end - 1] not in _BLANK:
     near = max(text.rfind(blank, max(start, end - _TO_BLANK), end) for blank in (b' ', b'\n', b'\t'))
     end = near if near >= 0 else end
   while start < end and text[start] & 0xC0 == 0x80:
