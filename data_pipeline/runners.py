@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -85,10 +87,14 @@ class RayRunner:
     self._ray = ray
     local = address == 'local'
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    path = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])])
+    host, _, port = address.removeprefix('ray://').rpartition(':')
     try:
+      if host:
+        socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would go on trying for minutes
       ray.init(address, num_cpus=workers if local else None, include_dashboard=False if local else None, log_to_driver=False,
-               configure_logging=False, runtime_env={'env_vars': {'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}})
-    except ConnectionError as error:
+               configure_logging=False, runtime_env={'env_vars': {'PYTHONPATH': path}})
+    except (ConnectionError, TimeoutError) as error:
       raise OSError(f'there is no Ray cluster at {address!r}: `ray start --head` starts one on this machine') from error
     self.workers = int(ray.cluster_resources().get('CPU', 1))
 
@@ -100,12 +106,12 @@ class RayRunner:
 
   def run(self, function, tasks: list[tuple]) -> Iterator:
     """Yields function(*task) as tasks finish; a lost worker's tasks are done by another, `_DEATHS` times."""
-    remote = self._ray.remote(num_cpus=1, max_retries=_DEATHS)(function)
+    remote = self._ray.remote(num_cpus=1, max_retries=_DEATHS)(_in_ray)
     running, todo = set(), iter(tasks)
     try:
       while True:
         while len(running) < 2 * self.workers and (task := next(todo, None)) is not None:
-          running.add(remote.remote(*task))
+          running.add(remote.remote(function, *task))
         if not running:
           return
         (done,), rest = self._ray.wait(list(running))
@@ -119,6 +125,11 @@ class RayRunner:
     finally:
       for reference in running:
         self._ray.cancel(reference, force=True)
+
+
+def _in_ray(function, *task):
+  vars(sys.modules['__main__']).pop('__file__', None)  # processes that a task starts would import it, and with it Ray
+  return function(*task)
 
 
 def _start_worker(n_workers: int) -> None:

@@ -12,6 +12,7 @@ import signal
 from data_pipeline.recipe import Limits, Raw, Reject
 
 _DOCUMENTS = 2000  # that one process extracts
+_START_SECONDS = 300
 
 
 class Sandbox:
@@ -57,6 +58,12 @@ class Sandbox:
     process.start()
     self._process = process
     theirs.close()
+    try:
+      if not self._connection.poll(_START_SECONDS):  # imports are not the document's time
+        raise OSError(f'a process to extract documents in did not start within {_START_SECONDS} seconds')
+      self._connection.recv()
+    except EOFError as error:
+      raise OSError('a process to extract documents in cannot start: Limits.memory_bytes may be too small') from error
     self._left = _DOCUMENTS
 
   def _end(self) -> None:
@@ -72,6 +79,7 @@ def _serve(connection, source, limits: Limits) -> None:
   signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, wherever it is
   resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  connection.send('ready')
   while True:
     try:
       raw = connection.recv()
