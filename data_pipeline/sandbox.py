@@ -46,6 +46,8 @@ class Sandbox:
       code = self._process.exitcode
       self._end()
       raise Reject('out of time' if code == -signal.SIGPROF else 'crashed') from error
+    if isinstance(reason, OSError):
+      raise reason
     if reason:
       raise Reject(reason)
     return text, counts
@@ -90,6 +92,8 @@ def _serve(connection, source, limits: Limits) -> None:
       answer = (*source.extract(raw), '')
     except Reject as reject:
       answer = ('', {}, str(reject))
+    except OSError as error:  # no fault of the document's: a program or an endpoint is out of order. It ends the build
+      answer = ('', {}, error)
     except MemoryError:
       answer = ('', {}, 'out of memory')
     except RecursionError:
