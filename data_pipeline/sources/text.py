@@ -3,23 +3,61 @@
 import re
 
 from resiliparse.extract.html2text import extract_plain_text
-from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
+
+from data_pipeline.recipe import Reject
 
 # Navigation bars and tables of contents of the generators that documentation is made with.
 _SKIPPED = ('nav', '.navheader', '.navfooter', '.NAVHEADER', '.NAVFOOTER', '.toc', '.TOC', '.book-navigation')
 _LISTING_NUMBER = re.compile(r'(?m)^(>?) {0,4}\d{1,4}&nbsp;')  # DocBook's DSSSL numbers the lines of a listing
 _NOT_TEXT = re.compile('[\x00-\x08\x0b-\x1f\x7f\xad\u200b\ufeff\ud800-\udfff]')  # control characters, hints, halves
+_UL, _A = re.compile(r'<(/?)ul\b[^>]*>', re.I), re.compile(r'</?a\b[^>]*>', re.I)
+_LINK, _TAG = re.compile(r'<a\b[^>]*>(.*?)</a\s*>', re.I | re.S), re.compile(r'<[^>]*>')
+_DEEPER = 3  # elements; resiliparse 2.0.1 drops any <ul> less deep in the body
+_GARBLED = 0.01  # of the characters of a file: it is something else than text
 
 
-def html_to_text(html: bytes) -> str:
-  """Readable text of a page of documentation; '' where there is none.
+def html_to_text(html: bytes, main_content: bool = False, charset: str = '') -> str:
+  """Readable text of a page; '' where there is none. charset: what the server said, which goes before what the page says.
 
-  The whole page but its navigation: resiliparse's main_content heuristic takes lists of links or short items for
-  boilerplate, and in documentation those are content (it drops 97 % of abs-guide's gotchas.html).
+  Without main_content: the whole page but its navigation, as documentation needs it. With: without what is around the
+  content, by resiliparse's rules of classes, roles and link density, but for its lists: those it takes for
+  boilerplate if they stand near the top of the tree or have a few links (97 % of a page of short items). See _keep_lists.
   """
-  text = bytes_to_str(html, detect_encoding(html, from_html_meta=True))
+  encoding = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
+  text = bytes_to_str(html, encoding or detect_encoding(html, from_html_meta=True))
   text = _LISTING_NUMBER.sub(r'\1', text)
-  return extract_plain_text(text, alt_texts=False, skip_elements=list(_SKIPPED))
+  return extract_plain_text(_keep_lists(text) if main_content else text, main_content=main_content, alt_texts=False,
+                            skip_elements=list(_SKIPPED))
+
+
+def _keep_lists(page: str) -> str:
+  """The page with each list of which less than half is links so marked up that it is kept."""
+  pieces, end, depth, start = [], 0, 0, 0
+  for tag in _UL.finditer(page):
+    if not tag[1]:
+      start, depth = start if depth else tag.start(), depth + 1
+    elif depth:
+      depth -= 1
+      whole = page[start:tag.end()]
+      if not depth and 2 * sum(map(_letters, _LINK.findall(whole))) < _letters(whole):
+        pieces += [page[end:start], '<div>' * _DEEPER, _A.sub('', whole), '</div>' * _DEEPER]
+        end = tag.end()
+  return ''.join([*pieces, page[end:]])
+
+
+def _letters(markup: str) -> int:
+  return sum(map(len, _TAG.sub('', markup).split()))
+
+
+def decode(data: bytes) -> tuple[str, dict[str, int]]:
+  """A text file: utf-8, or what its byte order mark says. Bytes that are not are replaced and counted; Reject if many."""
+  encoding = 'utf-16' if data.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig'
+  text = data.decode(encoding, 'replace')
+  garbled = text.count('\ufffd')
+  if garbled > _GARBLED * len(text):
+    raise Reject('not utf-8')
+  return text, {'invalid utf-8': garbled} if garbled else {}
 
 
 def clean(text: str) -> str:
