@@ -104,7 +104,7 @@ class Rewritten:
                        '0')
 
   def state(self) -> str:
-    files = [file for file in shards.read_manifest(pathlib.Path(self.documents))['files']
+    files = [file for file in _manifest(pathlib.Path(self.documents))['files']
              if file['path'].split('/')[0] in ('documents', 'verdicts', 'selection')]
     return shards.key_of([(file['path'], file['xxh3']) for file in files], shards.code_of(journal, selection, verdicts))
 
@@ -186,9 +186,17 @@ class Rewritten:
     return np.array(rows, np.int64), np.array([int(table['id'][row][16:], 16) for row in rows], np.uint64)
 
 
+def _manifest(root: pathlib.Path) -> dict:
+  manifest = shards.read_manifest(root)
+  if 'steps' not in manifest['recipe']:
+    raise ValueError(f'the corpus at {root} was built before there were steps, and says too little of its documents: '
+                     'build it again')
+  return manifest
+
+
 def _shards(root: pathlib.Path) -> tuple[list[verdicts.Shard], set[str]]:
   """The documents of a finished corpus with all that was said of them, and the sources that are conversations."""
-  manifest = shards.read_manifest(root)
+  manifest = _manifest(root)
   files = {file['path']: file['xxh3'] for file in manifest['files']}
   said = {}
   for path in files:  # in the order of the steps
