@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 
-from data_pipeline.recipe import Input, Raw, SourceUnavailable
+from data_pipeline.recipe import Input, Raw, SourceUnavailable, Unreadable
 from data_pipeline.sources.text import html_to_text
 
 _MAX_PAGE = 64 << 20  # bytes; a larger page is not documentation
@@ -40,7 +40,7 @@ class DebianPackage:
     package, = folder.glob('*.deb')
     return [Input(paths=(str(package),), lineage=package.name.replace('%3a', ':'))]
 
-  def read(self, unit: Input) -> Iterator[Raw]:
+  def read(self, unit: Input) -> Iterator[Raw | Unreadable]:
     """Streams the members of the package; nothing is unpacked to disk and no name in it is trusted."""
     damaged = f'{unit.lineage} is damaged: dpkg-deb cannot unpack it; run the build again to fetch it anew'
     command = ['dpkg-deb', '--fsys-tarfile', *unit.paths]
@@ -48,8 +48,10 @@ class DebianPackage:
       try:
         with tarfile.open(fileobj=unpacker.stdout, mode='r|') as members:
           for member in members:
-            if member.isreg() and member.size <= _MAX_PAGE and fnmatch.fnmatchcase(member.name, self.pages):
-              yield Raw(f'deb:{self.name}/{member.name.removeprefix("./")}', members.extractfile(member).read())
+            if member.isreg() and fnmatch.fnmatchcase(member.name, self.pages):
+              url = f'deb:{self.name}/{member.name.removeprefix("./")}'
+              yield (Raw(url, members.extractfile(member).read()) if member.size <= _MAX_PAGE else
+                     Unreadable(url, 'too large', member.size))
       except tarfile.TarError as error:
         raise ValueError(damaged) from error
       unpacker.stdout.read()
