@@ -83,6 +83,7 @@ class Step(Protocol):
   """Judges documents after they are written: a frozen dataclass. docs/data.md lists those there are."""
 
   name: str  # of its folder and its line in the report; a field or a property
+  # and, where it is not for all: `sources: tuple[str, ...]`, the names of those whose documents it judges ((): all)
 
   def state(self) -> str:
     """What decides the verdicts besides fields and documents: `shards.code_of` modules, hashes of files that it reads."""
@@ -126,6 +127,8 @@ class Recipe:
       raise ValueError(f'recipe {self.name}: validation_fraction={self.validation_fraction} must be in [0, 1)')
     if len({step.name for step in self.steps}) < len(self.steps):
       raise ValueError(f'recipe {self.name}: needs steps of different names, has {[step.name for step in self.steps]}')
+    if unknown := sorted({name for step in self.steps for name in getattr(step, 'sources', ())} - {*names}):
+      raise ValueError(f'recipe {self.name}: a step judges the source {unknown[0]!r}, and there are {", ".join(names)}')
     if any(a >= b for a, b in zip((1, *self.length_buckets), self.length_buckets)):
       raise ValueError(f'recipe {self.name}: length_buckets={self.length_buckets} must be ascending numbers of tokens')
     if self.fallback is not None:

@@ -82,6 +82,7 @@ def above(values: np.ndarray, limit: float | None) -> np.ndarray:
 class Filters:
   rules: tuple[Rule, ...]
   name: str = 'filters'
+  sources: tuple[str, ...] = ()  # whose documents are judged; (): all
 
   def state(self) -> str:
     if unknown := [rule for rule in self.rules if type(rule).__module__ not in sys.modules]:

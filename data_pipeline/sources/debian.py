@@ -17,9 +17,10 @@ _TIMEOUT = 300  # seconds for each command
 
 @dataclasses.dataclass(kw_only=True, frozen=True, slots=True)
 class DebianPackage:
-  """The HTML pages of a Debian package, in the order of the package. name: the package's and the source's."""
+  """The HTML pages of Debian packages, in the order that they have there. packages: the one of the source's name if none."""
 
   name: str
+  packages: tuple[str, ...] = ()
   pages: str = '*/html/*.html'  # which members
 
   def state(self) -> str:
@@ -27,29 +28,19 @@ class DebianPackage:
 
   def fetch(self, scratch: pathlib.Path) -> list[Input]:
     """`apt-get download` into scratch; where the package lists are missing or stale, `apt-get update` into scratch first."""
-    if not (shutil.which('apt-get') and shutil.which('dpkg-deb')):
-      raise SourceUnavailable(f'the package {self.name} needs apt-get and dpkg-deb, which this machine does not have')
-    folder, lists = scratch / self.name, scratch / 'lists'
-    folder.mkdir(parents=True, exist_ok=True)
-    (lists / 'partial').mkdir(parents=True, exist_ok=True)
-    if _apt(['download', self.name], folder):
-      own = ['-o', f'Dir::State::Lists={lists}', '-o', f'Dir::Cache={scratch}']
-      update_error = _apt([*own, '-o', 'APT::Update::Error-Mode=any', 'update'], folder)
-      if error := _apt([*own, 'download', self.name], folder):
-        raise SourceUnavailable(f'apt-get cannot download the package {self.name}: {update_error or error}')
-    package, = folder.glob('*.deb')
-    return [Input(paths=(str(package),), lineage=package.name.replace('%3a', ':'))]
+    return [_download(package, scratch) for package in self.packages or (self.name,)]
 
   def read(self, unit: Input) -> Iterator[Raw | Unreadable]:
     """Streams the members of the package; nothing is unpacked to disk and no name in it is trusted."""
     damaged = f'{unit.lineage} is damaged: dpkg-deb cannot unpack it; run the build again to fetch it anew'
     command = ['dpkg-deb', '--fsys-tarfile', *unit.paths]
+    package = unit.lineage.partition('_')[0]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacker:
       try:
         with tarfile.open(fileobj=unpacker.stdout, mode='r|') as members:
           for member in members:
             if member.isreg() and fnmatch.fnmatchcase(member.name, self.pages):
-              url = f'deb:{self.name}/{member.name.removeprefix("./")}'
+              url = f'deb:{package}/{member.name.removeprefix("./")}'
               yield (Raw(url, members.extractfile(member).read()) if member.size <= _MAX_PAGE else
                      Unreadable(url, 'too large', member.size))
       except tarfile.TarError as error:
@@ -60,6 +51,21 @@ class DebianPackage:
 
   def extract(self, raw: Raw) -> tuple[str, dict[str, int]]:
     return html_to_text(raw.content), {}
+
+
+def _download(package: str, scratch: pathlib.Path) -> Input:
+  if not (shutil.which('apt-get') and shutil.which('dpkg-deb')):
+    raise SourceUnavailable(f'the package {package} needs apt-get and dpkg-deb, which this machine does not have')
+  folder, lists = scratch / package, scratch / 'lists'
+  folder.mkdir(parents=True, exist_ok=True)
+  (lists / 'partial').mkdir(parents=True, exist_ok=True)
+  if _apt(['download', package], folder):
+    own = ['-o', f'Dir::State::Lists={lists}', '-o', f'Dir::Cache={scratch}']
+    update_error = _apt([*own, '-o', 'APT::Update::Error-Mode=any', 'update'], folder)
+    if error := _apt([*own, 'download', package], folder):
+      raise SourceUnavailable(f'apt-get cannot download the package {package}: {update_error or error}')
+  path, = folder.glob('*.deb')
+  return Input(paths=(str(path),), lineage=path.name.replace('%3a', ':'))
 
 
 def _apt(arguments: list[str], folder: pathlib.Path) -> str:

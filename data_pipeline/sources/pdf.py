@@ -72,15 +72,16 @@ class Pdfs(_PdfSource):
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class DebianPdfs(_PdfSource):
-  """The PDFs of a Debian package. name: the package's and the source's."""
+  """The PDFs of Debian packages. packages: the one of the source's name if none."""
 
+  packages: tuple[str, ...] = ()
   pages: str = '*.pdf'  # which members; '*.pdf.gz' of packages that compress them
 
   def _inputs(self, scratch: pathlib.Path) -> list[Input]:
-    return DebianPackage(name=self.name, pages=self.pages).fetch(scratch)
+    return DebianPackage(name=self.name, packages=self.packages, pages=self.pages).fetch(scratch)
 
   def read(self, unit: Input) -> Iterator[Raw | Unreadable]:
-    for raw in DebianPackage(name=self.name, pages=self.pages).read(unit):
+    for raw in DebianPackage(name=self.name, packages=self.packages, pages=self.pages).read(unit):
       yield _uncompressed(raw.url, io.BytesIO(raw.content), self.limits.max_bytes)
 
 
