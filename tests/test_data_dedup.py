@@ -8,18 +8,22 @@ import re
 import unicodedata
 from pathlib import Path
 
+import corpora
 import judging
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
 
-from data_pipeline import verdicts, words
+from data_pipeline import build, verdicts, words
+from data_pipeline.decontaminate import CONTAMINATED, Decontaminate
 from data_pipeline.dedup import fuzzy, substring
 from data_pipeline.dedup.exact import Exact
 from data_pipeline.dedup.fuzzy import Fuzzy
 from data_pipeline.dedup.substring import Substrings
 from data_pipeline.recipe import Input
+from data_pipeline.shards import read_manifest
 from data_pipeline.sources.debian import DebianPackage
 from data_pipeline.sources.text import clean
 
@@ -350,6 +354,35 @@ def test_cuts_lie_between_words_where_there_are_blanks():
   text = '語' * 100
   a, b = substring._between_words(text.encode(), 4, 200)
   assert text.encode()[a:b].decode() == '語' * 64
+
+
+# All steps in a build.
+
+
+def test_a_build_with_all_steps_has_the_same_bytes_with_any_workers_and_nothing_left_over(tmp_path):
+  text = corpora.write_files(tmp_path / 'text', documents=30)
+  notice = corpora.made_up_text(99, 80)
+  for i in range(1, 30, 3):
+    path = text / 'web' / f'{i:03d}.txt'
+    path.write_text(f'{path.read_text()}\n\n{notice}\n\n{corpora.made_up_text(500 + i, 30)}')
+  (text / 'web' / 'near.txt').write_text((text / 'web' / '004.txt').read_text() + ' and a little more of it')
+  (text / 'evals.jsonl').write_text(json.dumps({'question': corpora.made_up_text(8, 76)}))
+  steps = (Exact(), Fuzzy(), Substrings(min_bytes=200), Decontaminate(against=(str(text / 'evals.jsonl'),)))
+  recipe = corpora.recipe(text, steps=steps)
+  one = build.build(recipe, tmp_path / 'one', workers=1)
+  counts = read_manifest(one)['sources']['web']['documents']
+  assert (counts['duplicate'], counts[fuzzy.NEAR], counts[CONTAMINATED]) == (1, 1, 1)
+  kept = [text for path in one.glob('documents/web/*') for text in trained_on(one, path)]
+  assert sum(notice[100:300] in text for text in kept) == 1
+  assert corpora.files_of(build.build(recipe, tmp_path / 'two', workers=2)) == corpora.files_of(one)
+  assert not (one / 'build/steps').exists()
+
+
+def trained_on(root: Path, path: Path) -> list[str]:
+  judged = tuple(f'verdicts/{name}/web/{path.name}' for name in ('exact', 'fuzzy', 'substrings', 'contamination'))
+  n_rows = pq.read_metadata(path).num_rows
+  shard = verdicts.Shard(source='web', documents=f'documents/web/{path.name}', rows=n_rows, hashes=(), verdicts=judged)
+  return [text for _, some in verdicts.edited(root, shard) for text in some]
 
 
 # Two versions of a manual.
