@@ -28,7 +28,7 @@ from collections.abc import Iterator
 if __name__ == '__main__' and not all(map(importlib.util.find_spec, ('numba', 'pyarrow', 'resiliparse', 'tqdm', 'xxhash'))):
   sys.exit("error: building a corpus needs the data extra: pip install -e '.[data]' (training on one does not)")
 
-from data_pipeline import chat, documents, pack, report, rows, sandbox, selection, shards, tokenizer, verdicts
+from data_pipeline import chat, documents, pack, report, report_page, rows, sandbox, selection, shards, tokenizer, verdicts
 from data_pipeline.recipe import Recipe, SourceUnavailable, load_recipe
 from data_pipeline.runners import LocalRunner, RayRunner
 from data_pipeline.sources import text
@@ -94,8 +94,9 @@ class _Build:
     found, judged = self._steps(found)
     chosen = self._selection(found)
     vocabulary = self._tokenizer(found, chosen)
-    packed = [shard for seq_len in self.seq_lens for shard in self._rows(found, chosen, vocabulary, seq_len)]
-    reports = report.write(self.root, self.recipe, sources=sources, steps=judged, selection=chosen, rows=packed)
+    written = [record for seq_len in self.seq_lens for record in self._rows(found, chosen, vocabulary, seq_len)]
+    packed = [shard for record in written for shard in record['shards']]
+    reports = report.write(self.root, self.recipe, sources=sources, steps=judged, selection=chosen, rows=written)
     manifest = self._manifest(sources, judged, chosen, vocabulary, packed, reports)
     shards.write_json(self.root / 'manifest.json', manifest)
     keep = {file['path'] for file in manifest['files']} | {f'build/{name}.json' for name in self.tasks.lasting}
@@ -141,12 +142,14 @@ class _Build:
 
   def _steps(self, found: list[Shard]) -> tuple[list[Shard], list[list[dict]]]:
     """The steps of the recipe: the shards with their verdicts, and a list of records (a shard each) for each step."""
-    judged = []
+    judged, found = [], list(found)
     for step in self.recipe.steps:
       _say(f'2 {step.name}')
       started = time.monotonic()
-      records = step.judge(self.tasks, found)
-      found = [shard.judged(record) for shard, record in zip(found, records, strict=True)]
+      mine = [i for i, shard in enumerate(found) if shard.source in (getattr(step, 'sources', ()) or {shard.source})]
+      records = step.judge(self.tasks, [found[i] for i in mine])
+      for i, record in zip(mine, records, strict=True):
+        found[i] = found[i].judged(record)
       judged.append(records)
       _say(f'    of {_total(records, "documents"):,} documents, {_total(records, "bytes") / 1e6:.2f} MB, in '
            f'{time.monotonic() - started:.1f} s')
@@ -196,7 +199,7 @@ class _Build:
       yield from itertools.islice(words, 0, None, max(every, 1))
 
   def _rows(self, found: list[Shard], chosen: list[dict], vocabulary: dict, seq_len: int) -> list[dict]:
-    """Shards of rows of one length."""
+    """Records of rows of one length, a shard of documents each."""
     _say(f'5 rows of {seq_len}')
     started, code = time.monotonic(), shards.code_of(chat, pack, rows, tokenizer, selection, verdicts)
     ends, buckets, tasks = (vocabulary['bos'], vocabulary['eot']), tuple(self.recipe.length_buckets), []
@@ -221,7 +224,7 @@ class _Build:
       raise ValueError(f'recipe {self.recipe.name}: no conversation is left for rows of {seq_len} tokens: {dict(dropped)}')
     _say(_BEFORE if done_before else
          f'    {_rate(_total(written, "tokens") / 1e6, "M tokens", time.monotonic() - started)}')
-    return written
+    return records
 
   def _chat_template(self, vocabulary: dict) -> str:
     """In Jinja: of the recipe's file, or the tokenizer's own, or ours."""
@@ -264,7 +267,7 @@ def _corpus_key(recipe: Recipe) -> str:
 
 
 def _code_version() -> str:
-  return shards.code_of(chat, documents, sandbox, verdicts, selection, tokenizer, pack, rows, report)
+  return shards.code_of(chat, documents, sandbox, verdicts, selection, tokenizer, pack, rows, report, report_page)
 
 
 def _tokenizer_key(given: str) -> str:

@@ -30,7 +30,7 @@ def write_shard(root: pathlib.Path, record_name: str, key: str, source: Source, 
   """Reads one input and commits its documents as documents/name; returns the record. Runs in a worker."""
   limits = getattr(source, 'limits', limits)
   path, rejects_path = root / 'documents' / name, root / 'rejects' / name
-  counts, removed, rejects, n_documents, n_bytes = collections.Counter(), {}, [], 0, 0
+  counts, lengths, removed, rejects, n_bytes = collections.Counter(), collections.Counter(), {}, [], 0
   with shards.committed(path) as temporary, Sandbox(source, limits) as sandbox:
     with pq.ParquetWriter(temporary, _SCHEMA, compression='zstd') as writer:
       group, group_bytes = [], 0
@@ -48,7 +48,8 @@ def write_shard(root: pathlib.Path, record_name: str, key: str, source: Source, 
           continue
         data = text.encode()
         counts.update(found)
-        n_documents, n_bytes, group_bytes = n_documents + 1, n_bytes + len(data), group_bytes + len(data)
+        lengths[len(data).bit_length() - 1] += 1
+        n_bytes, group_bytes = n_bytes + len(data), group_bytes + len(data)
         group.append({'id': xxhash.xxh3_128_hexdigest(data), 'text': text, 'bytes': len(data), 'source': source.name,
                       'url': raw.url, 'date': raw.date, 'parent': raw.parent, 'lineage': unit.lineage})
         if len(group) == _ROWS_A_GROUP or group_bytes > _BYTES_A_GROUP:
@@ -58,8 +59,8 @@ def write_shard(root: pathlib.Path, record_name: str, key: str, source: Source, 
   with shards.committed(rejects_path) as temporary:
     pq.write_table(pa.Table.from_pylist(rejects, _REJECTS), temporary, compression='zstd')
   return shards.write_record(root, record_name, key, [shards.entry(root, path), shards.entry(root, rejects_path)],
-                             source=source.name, lineage=unit.lineage, documents=n_documents, bytes=n_bytes, removed=removed,
-                             facts=dict(sorted(counts.items())))
+                             source=source.name, lineage=unit.lineage, documents=lengths.total(), bytes=n_bytes,
+                             lengths=dict(sorted(lengths.items())), removed=removed, facts=dict(sorted(counts.items())))
 
 
 def _text_of(raw: Raw | Unreadable, sandbox: Sandbox, is_chat: bool) -> tuple[str, dict[str, int]]:

@@ -42,7 +42,8 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, shard: verdicts
       files.append({name: entry[name] for name in ('path', 'bytes', 'xxh3')})
       written.append({**entry, 'source': part, 'of': shard.source, 'split': split, 'seq_len': seq_len,
                       'masked': chats is not None, 'tokenizer_sha256': tokenizer_sha256})
-  return shards.write_record(root, record_name, key, files, shards=written, dropped=dropped)
+  return shards.write_record(root, record_name, key, files, source=shard.source, seq_len=seq_len, shards=written,
+                             dropped=dropped)
 
 
 def _part(source: str, bucket: str, n_tokens: int, length_buckets: tuple[int, ...]) -> str:

@@ -28,11 +28,13 @@ def write_shard(root: pathlib.Path, record_name: str, key: str, shard: verdicts.
                 validation_fraction: float) -> dict:
   """Commits a verdict for every document of a shard; returns the record. Runs in a worker.
 
-  record['counts']: documents by verdict; record['text_bytes']: of each split, edited; the rest is of `verdicts.count`.
+  record['counts']: documents by verdict; record['text_bytes']: of each split, edited; record['lengths']: documents of
+  2^k bytes and more, edited, by k; the rest is of `verdicts.count`.
   are_chats: whether the documents are conversations; lines of chat files that are none are left out.
   """
   ids = pq.read_table(root / shard.documents, columns=['id'])['id'].to_pylist()
-  verdict, n_bytes, rejected = verdicts.reasons(root, shard).copy(), collections.Counter(), {}
+  verdict, rejected = verdicts.reasons(root, shard).copy(), {}
+  n_bytes, lengths = collections.Counter(), collections.Counter()
   for rows, texts in verdicts.edited(root, shard):
     for row, text in zip(rows.tolist(), texts):
       size = len(text.encode())
@@ -41,13 +43,14 @@ def write_shard(root: pathlib.Path, record_name: str, key: str, shard: verdicts.
       else:
         verdict[row] = split_of(ids[row], validation_fraction)
         n_bytes[verdict[row]] += size
+        lengths[max(size, 1).bit_length() - 1] += 1
   path = _selection_of(root, shard.documents)
   with shards.committed(path) as temporary:
     pq.write_table(pa.table({'id': pa.array(ids, pa.string()), 'verdict': pa.array(verdict, pa.string()),
                              'bucket': _buckets(root, shard)}), temporary, compression='zstd')
   return shards.write_record(root, record_name, key, [shards.entry(root, path)], source=shard.source,
                              counts=dict(collections.Counter(verdict.tolist())), text_bytes=dict(n_bytes),
-                             **verdicts.count(root, shard, rejected))
+                             lengths=dict(sorted(lengths.items())), **verdicts.count(root, shard, rejected))
 
 
 def _buckets(root: pathlib.Path, shard: verdicts.Shard) -> pa.Array:
