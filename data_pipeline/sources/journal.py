@@ -95,8 +95,9 @@ def ask_all(requests: Iterator[tuple[bytes, dict, dict]], journal: Journal, *, e
         await asyncio.gather(*(client.work(session, todo, bar) for _ in range(concurrency)))
 
   asyncio.run(run())
-  print(f'    {what}: {client.answers:,} new answers of {client.tokens[1]:,} tokens to {client.tokens[0]:,}; '
-        f'{len(client.failed):,} requests have none', file=sys.stderr, flush=True)
+  read, written = client.tokens
+  print(f'    {what}: {client.answers:,} new answers, {read:,} tokens read and {written:,} written; {len(client.failed):,} '
+        'requests without one', file=sys.stderr, flush=True)
   return client.failed
 
 
