@@ -2,6 +2,7 @@
 kept. The endpoint is an HTTP server of this process that does what a test wants, good or bad."""
 
 import collections
+import dataclasses
 import http.server
 import json
 import re
@@ -20,6 +21,8 @@ from data_pipeline.build import build, main
 from data_pipeline.recipe import Recipe, Reject, SourceUnavailable
 from data_pipeline.sources import journal, synthetic
 from data_pipeline.sources.synthetic import Rewritten, usable
+from data_pipeline.sources.text_files import TextFiles
+from tests.engine_parts import Censor
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,6 +154,21 @@ def test_fewer_documents_are_some_of_those_of_more_and_held_out_ones_are_never_a
                   row['text'] for of in ('stories', 'inventories') for row in trained_on(corpus, of)}
     asked = {passage.partition('Passage:\n\n')[2] for passage in endpoint.passages()}
     assert held_out and not held_out & asked
+
+
+def test_what_steps_leave_out_is_never_sent_and_a_bucket_can_be_chosen(tmp_path):
+  texts = [f'{("axe", "bee", "zebra")[i % 3]} {i} of the others, whether they are many or few' for i in range(60)]
+  (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+  made = dataclasses.replace(recipe(TextFiles(name='text', pattern=str(tmp_path / 'text.jsonl'))), steps=(Censor(),))
+  build(made, tmp_path / 'corpus', workers=1)
+  with Endpoint() as endpoint:
+    in_bucket = fetched(source(tmp_path / 'corpus', endpoint, tmp_path, of=('text.q1',)), tmp_path / 'a')
+    passages = [passage.partition('Passage:\n\n')[2] for passage in endpoint.passages()]
+    assert len(in_bucket) == len(passages) >= 12 and all(passage.startswith('axe ') for passage in passages)
+    fetched(source(tmp_path / 'corpus', endpoint, tmp_path), tmp_path / 'b')
+    passages = [passage.partition('Passage:\n\n')[2] for passage in endpoint.passages()]
+  assert len(passages) >= 25 and not [passage for passage in passages if 'the' in passage or 'zebra' in passage]
+  assert all(' of é oérs, wheér éy are' in passage for passage in passages)
 
 
 @pytest.mark.parametrize('wrong', [429, 500, 503, 'hang up', 'garbage', 'sleep'])
