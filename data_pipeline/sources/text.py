@@ -11,8 +11,8 @@ from data_pipeline.recipe import Reject
 _SKIPPED = ('nav', '.navheader', '.navfooter', '.NAVHEADER', '.NAVFOOTER', '.toc', '.TOC', '.book-navigation')
 _LISTING_NUMBER = re.compile(r'(?m)^(>?) {0,4}\d{1,4}&nbsp;')  # DocBook's DSSSL numbers the lines of a listing
 _NOT_TEXT = re.compile('[\x00-\x08\x0b-\x1f\x7f\xad\u200b\ufeff\ud800-\udfff]')  # control characters, hints, halves
-_UL, _A = re.compile(r'<(/?)ul\b[^>]*>', re.I), re.compile(r'</?a\b[^>]*>', re.I)
-_LINK, _TAG = re.compile(r'<a\b[^>]*>(.*?)</a\s*>', re.I | re.S), re.compile(r'<[^>]*>')
+_UL, _A = re.compile(r'<(/?)[uU][lL]\b[^>]*>'), re.compile(r'</?[aA]\b[^>]*>')
+_LINK, _TAG = re.compile(r'<[aA]\b[^>]*>.*?</[aA]\s*>', re.S), re.compile(r'<[^>]*>')
 _DEEPER = 3  # elements; resiliparse 2.0.1 drops any <ul> less deep in the body
 _GARBLED = 0.01  # of the characters of a file: it is something else than text
 
@@ -26,7 +26,8 @@ def html_to_text(html: bytes, main_content: bool = False, charset: str = '') -> 
   """
   encoding = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
   text = bytes_to_str(html, encoding or detect_encoding(html, from_html_meta=True))
-  text = _LISTING_NUMBER.sub(r'\1', text)
+  if '&nbsp;' in text:  # seldom, and sooner found
+    text = _LISTING_NUMBER.sub(r'\1', text)
   return extract_plain_text(_keep_lists(text) if main_content else text, main_content=main_content, alt_texts=False,
                             skip_elements=list(_SKIPPED))
 
@@ -40,14 +41,14 @@ def _keep_lists(page: str) -> str:
     elif depth:
       depth -= 1
       whole = page[start:tag.end()]
-      if not depth and 2 * sum(map(_letters, _LINK.findall(whole))) < _letters(whole):
+      if not depth and 2 * _letters(_LINK.sub('', whole)) > _letters(whole):
         pieces += [page[end:start], '<div>' * _DEEPER, _A.sub('', whole), '</div>' * _DEEPER]
         end = tag.end()
   return ''.join([*pieces, page[end:]])
 
 
 def _letters(markup: str) -> int:
-  return sum(map(len, _TAG.sub('', markup).split()))
+  return len(''.join(_TAG.sub('', markup).split()))
 
 
 def decode(data: bytes) -> tuple[str, dict[str, int]]:
