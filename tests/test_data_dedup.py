@@ -201,6 +201,18 @@ def test_texts_of_one_template_are_told_apart_in_linear_time(tmp_path):
   assert sum(record['facts']['pairs_compared'] for record in records) < 12 * n < n * n // 50
 
 
+@pytest.mark.parametrize('size', [250, 2000])
+def test_in_a_bucket_of_any_size_those_that_agree_are_paired_wherever_they_are(size):
+  """A fifth of its members are copies of one 99 before; the last tenth, of the first member."""
+  signatures = np.random.default_rng(0).integers(0, 256, (size, 126), np.uint8)
+  expected = {(i, i - 99) for i in range(100, size - size // 10, 5)} | {(i, 0) for i in range(size - size // 10, size)}
+  for i, other in sorted(expected):
+    signatures[i] = signatures[other]
+  pairs = fuzzy._pairs(np.zeros(size, np.uint64), signatures, np.arange(size), 85, 117, 6)
+  assert expected <= {tuple(pair) for pair in pairs.tolist()} and len(pairs) <= 22 * 16 * size
+  assert all((signatures[i] == signatures[other]).all() and other < i for i, other in pairs)
+
+
 def test_ten_thousand_equal_documents_make_ten_thousand_pairs(tmp_path):
   of = judging.write(tmp_path, [[{'text': 'the same words over and over again', 'url': str(i)} for i in range(10_000)]])
   record, = judging.judge(tmp_path, Fuzzy(), of)[0]

@@ -192,7 +192,7 @@ def _propose(root: pathlib.Path, record_name: str, key: str, step: Fuzzy, partit
     signatures[mine], ranks[mine] = _load(root, step, 'signatures', i)[rows], _load(root, step, 'ranks', i)[rows]
   order = np.lexsort((places, ranks['id'], ranks['age'], hashes))
   least, sure = (_agreements(step, deviations) for deviations in (-_DEVIATIONS, _DEVIATIONS))
-  pairs = _pairs(hashes[order], signatures, order, least, sure)
+  pairs = _pairs(hashes[order], signatures, order, least, sure, step.bands[1])
   pairs = np.unique(places[pairs], axis=0) if len(pairs) else np.empty((0, 2), np.uint64)
   files = [_save(root, _work(step, 'pairs', partition), pairs),
            _save(root, _work(step, 'members', partition), np.unique(pairs))]
@@ -207,40 +207,58 @@ def _agreements(step: Fuzzy, deviations: float) -> int:
 
 
 @numba.njit(cache=True)
-def _pairs(hashes, signatures, order, least, sure):
+def _pairs(hashes, signatures, order, least, sure, n_rows):
   """int64 [pairs, 2] of members (worse, better) of one bucket whose signatures agree in `least` bytes.
 
-  In a bucket of up to `_LEADERS` documents all are compared; in a larger one each with as many of those before it as are
-  not themselves copies (agree in `sure` bytes) of one before. So work and pairs are linear in the bucket.
+  In a bucket of up to `_LEADERS` documents all are compared. One that has more, even without those that are copies (agree in
+  `sure` bytes) of one before, is divided once more by each of the bands of n_rows. Work and pairs are linear in the bucket.
   """
-  found, n_found = np.empty((1024, 2), np.int64), 0
-  leaders = np.empty(_LEADERS, np.int64)
-  start = 0
+  found, n_found, start = np.empty((1024, 2), np.int64), 0, 0
   while start < len(hashes):
     end = start + 1
     while end < len(hashes) and hashes[end] == hashes[start]:
       end += 1
-    n_leaders = 0
-    for i in range(start, end):
-      mine, n_mine, is_copy = signatures[order[i]], 0, False
-      for k in range(max(0, n_leaders - _LEADERS), n_leaders):
-        other = leaders[k % _LEADERS]
-        agree = np.int64(0)
-        for j in range(len(mine)):
-          agree += mine[j] == signatures[other, j]
-        if agree >= least:
-          if n_found == len(found):
-            found = np.concatenate((found, np.empty_like(found)))
-          found[n_found, 0], found[n_found, 1] = order[i], other
-          n_found, n_mine = n_found + 1, n_mine + 1
-          is_copy = is_copy or agree >= sure
-          if n_mine == _PAIRS_A_BAND:
-            break
-      if end - start <= _LEADERS or not is_copy:
-        leaders[n_leaders % _LEADERS] = order[i]
-        n_leaders += 1
-    start = end
+    members, start = order[start:end], end
+    found, n_found, different = _pair_up(members, signatures, least, sure, found, n_found)
+    for first in range(0, signatures.shape[1] if different > _LEADERS else 0, n_rows):
+      keys = np.zeros(len(members), np.uint64)
+      for i in range(len(members)):
+        for k in range(first, first + n_rows):
+          keys[i] = (keys[i] ^ np.uint64(signatures[members[i], k])) * np.uint64(0x100000001B3)
+      by_key = np.argsort(keys, kind='mergesort')  # the better stay first
+      low = 0
+      for high in range(1, len(members) + 1):
+        if high == len(members) or keys[by_key[high]] != keys[by_key[low]]:
+          found, n_found, _ = _pair_up(members[by_key[low:high]], signatures, least, sure, found, n_found)
+          low = high
   return found[:n_found]
+
+
+@numba.njit(cache=True)
+def _pair_up(members, signatures, least, sure, found, n_found):
+  """(found, n_found, how many members are no copies), with the pairs of members, the best first, added to `found`.
+
+  Of more than `_LEADERS` each is compared with as many of those before it that are no copies.
+  """
+  leaders, n_leaders = np.empty(len(members), np.int64), 0
+  for i in members:
+    n_mine, is_copy = 0, False
+    for other in leaders[max(0, n_leaders - _LEADERS):n_leaders]:
+      agree = 0
+      for k in range(signatures.shape[1]):
+        agree += signatures[i, k] == signatures[other, k]
+      if agree >= least:
+        if n_found == len(found):
+          found = np.concatenate((found, np.empty_like(found)))
+        found[n_found, 0], found[n_found, 1] = i, other
+        n_found, n_mine = n_found + 1, n_mine + 1
+        is_copy = is_copy or agree >= sure
+        if n_mine == _PAIRS_A_BAND:
+          break
+    if len(members) <= _LEADERS or not is_copy:
+      leaders[n_leaders] = i
+      n_leaders += 1
+  return found, n_found, n_leaders
 
 
 # The pairs compared.
