@@ -24,8 +24,8 @@ HELVETICA, COURIER, UNMAPPED, CIPHER = 'F1', 'F2', 'F3', 'F4'
 class Sheet:
   """A page: what is drawn on it, from the upper left corner, in points."""
 
-  width: float = 612
-  height: float = 792
+  width: float = 595  # that of the first page is said of all, as files do: a page says only what is different
+  height: float = 842
   rotate: int = 0
   operations: list[str] = dataclasses.field(default_factory=list)
   images: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -56,6 +56,8 @@ def make_pdf(sheets: list[Sheet], password: str | None = None) -> bytes:
   bodies = ['<< /Type /Catalog /Pages 2 0 R >>', '']
   stream = lambda data, facts='': f'<< {facts} /Length {len(data)} >>\nstream\n'.encode('latin-1') + data + b'\nendstream'
 
+  box_of = lambda sheet: f'/MediaBox [0 0 {sheet.width} {sheet.height}]'
+
   def add(body: str | bytes, data: bytes | None = None) -> int:
     number = len(bodies) + 1
     bodies.append(body if data is None else stream(encrypt(number, data), body))
@@ -74,9 +76,10 @@ def make_pdf(sheets: list[Sheet], password: str | None = None) -> bytes:
     content = add('', '\n'.join(sheet.operations).encode('latin-1'))
     resources = ' '.join(f'/F{i} {number} 0 R' for i, number in enumerate(fonts, 1))
     objects = ' '.join(f'/I{i} {number} 0 R' for i, number in enumerate(images))
-    kids.append(add(f'<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {sheet.width} {sheet.height}] /Rotate {sheet.rotate} '
-                    f'/Contents {content} 0 R /Resources << /Font << {resources} >> /XObject << {objects} >> >> >>'))
-  bodies[1] = f'<< /Type /Pages /Count {len(kids)} /Kids [{" ".join(f"{kid} 0 R" for kid in kids)}] >>'
+    own_box = box_of(sheet) if box_of(sheet) != box_of(sheets[0]) else ''
+    kids.append(add(f'<< /Type /Page /Parent 2 0 R {own_box} /Rotate {sheet.rotate} /Contents {content} 0 R '
+                    f'/Resources << /Font << {resources} >> /XObject << {objects} >> >> >>'))
+  bodies[1] = f'<< /Type /Pages /Count {len(kids)} /Kids [{" ".join(f"{kid} 0 R" for kid in kids)}] {box_of(sheets[0])} >>'
   file, places = b'%PDF-1.4\n', []
   for number, body in enumerate(bodies, 1):
     places.append(len(file))

@@ -120,7 +120,8 @@ def pages_of_all_kinds() -> dict[str, tuple[Sheet, str]]:
   prose, short, blank = pdfs.prose(1)[0], Sheet(), Sheet()
   pdfs.set_paragraph(short, 72, 90, 468, pdfs.english(7, 1, 40)[0])
   kinds = {'prose': (prose, 'text'), 'the end of a chapter': (short, 'text'), 'nothing': (blank, 'empty')}
-  scan, noise = scan_of(prose), np.random.default_rng(0).integers(215, 256, (1651, 1275)).astype(np.uint8)
+  scan = scan_of(prose)
+  noise = np.random.default_rng(0).integers(215, 256, scan.shape).astype(np.uint8)
 
   def page(right: str, image=None, text=(), rotate=0, **picture) -> tuple[Sheet, str]:
     sheet = Sheet(rotate=rotate)
@@ -139,6 +140,7 @@ def pages_of_all_kinds() -> dict[str, tuple[Sheet, str]]:
     outlined.operations += [f'{72 + 6 * i} {y} m {75 + 6 * i} {y + 7} l {77 + 6 * i} {y + (3 * i) % 7} l S'
                             for i in range(75)]
   return kinds | {
+    'a title': page('text', None, [(90, 400, 'On names and values', {'size': 30})]),
     'a scan': page('image', scan), 'a grey scan': page('image', np.minimum(scan, noise)),
     'a scan that is turned': page('image', np.rot90(scan).copy(), rotate=90),
     'a scan with a stamp': page('image', scan, [(72, 780, 'Downloaded from an archive on 1 May 2020', {})]),

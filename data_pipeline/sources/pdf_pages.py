@@ -55,10 +55,11 @@ class Layer:
   pages: list[Page]  # one, and one more for text in each other direction
   codes: np.ndarray
   boxes: np.ndarray
-  unmapped: float  # of the characters
+  unsure: float  # of the characters: pdfium found no meaning for them in the file, and guessed
 
   def is_sound(self) -> bool:
-    return self.unmapped <= _UNMAPPED and reads_like_a_language(self.codes)
+    reads_well = reads_like_a_language(self.codes)
+    return meant(self.codes) and (reads_well if reads_well is not None else self.unsure <= _UNMAPPED)
 
 
 def extract(data: bytes, reader, dpi: float, max_pages: int, max_ocr_pages: int) -> tuple[str, dict[str, int]]:
@@ -129,7 +130,7 @@ def _look_at(document: pdfium.PdfDocument, i: int) -> tuple[list[Page], str]:
 def route(page: pdfium.PdfPage, layer: Layer) -> str:
   """'text': the layer is usable. 'image': it is little of what is to be seen. 'garbage': it makes no sense. 'empty': there
   is nothing on the page."""
-  n, height = len(layer.codes), page.get_cropbox()[3] - page.get_cropbox()[1]
+  n, height = len(layer.codes), page.get_bbox()[3] - page.get_bbox()[1]
   middles = (layer.boxes[:, 1] + layer.boxes[:, 3]) / 2
   if n >= _FEW and len(np.unique((middles * _HEIGHTS / height).astype(int))) >= _MANY_HEIGHTS:
     return 'text' if layer.is_sound() else 'garbage'
@@ -160,23 +161,24 @@ def worth(pages: list[Page]) -> float:
   text = ''.join([piece for page in pages for piece in (page.text, *(line.text for line in page.lines))])
   codes = np.frombuffer(text.encode('utf-32-le', 'replace'), np.uint32)
   codes = codes[codes > 32]
-  good = len(codes) - _count_unmapped(codes)
-  return good if good >= (1 - _UNMAPPED) * len(codes) and reads_like_a_language(codes) else 0.1 * good
+  return len(codes) if meant(codes) and reads_like_a_language(codes) is not False else 0.1 * len(codes)
 
 
-def _count_unmapped(codes: np.ndarray) -> int:
+def meant(codes: np.ndarray) -> bool:
+  """Whether most characters have a meaning."""
   replacement, first, last = _DAMAGED
-  return int(((codes == replacement) | (codes >= first) & (codes <= last) | (codes >= 0xF0000)).sum())
+  damaged = (codes == replacement) | (codes >= first) & (codes <= last) | (codes >= 0xF0000)
+  return damaged.sum() <= _UNMAPPED * len(codes)
 
 
-def reads_like_a_language(codes: np.ndarray) -> bool:
-  """Whether Latin letters are about as frequent as in a language; true where there are too few of them to tell."""
+def reads_like_a_language(codes: np.ndarray) -> bool | None:
+  """Whether Latin letters are about as frequent as in a language; None where there are too few of them to tell."""
   lower = codes | 32
   counts = np.bincount(lower[(lower >= 97) & (lower <= 122) & (codes < 128)] - 97, minlength=26)
   accented = int(((codes >= 0xC0) & (codes < 0x250)).sum())
   if counts.sum() + accented < _LETTERS_TO_TELL or 2 * (counts.sum() + accented) < len(codes):
-    return True
-  return accented < counts.sum() and np.corrcoef(counts, _LETTERS)[0, 1] > _LIKE_A_LANGUAGE
+    return None
+  return bool(accented < counts.sum() and np.corrcoef(counts, _LETTERS)[0, 1] > _LIKE_A_LANGUAGE)
 
 
 def text_layer(page: pdfium.PdfPage) -> Layer:
@@ -194,7 +196,7 @@ def text_layer(page: pdfium.PdfPage) -> Layer:
     errors = sum(map(_ERROR, itertools.repeat(handle, len(asked)), asked)) / max(1, len(asked))
   finally:
     text_page.close()
-  left, bottom, right, top = page.get_cropbox()
+  left, bottom, right, top = page.get_bbox()  # a box that the page inherits is only in this one
   boxes = np.stack([boxes[:, 0] - left, top - boxes[:, 1], boxes[:, 2] - left, top - boxes[:, 3]], 1).astype(np.float64)
   is_real = np.isfinite(boxes).all(1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
   visible, = np.nonzero(((codes > 32) & (codes != 0xA0) & (codes != 0xAD) | (codes == _HYPHEN)) & is_real)
@@ -202,8 +204,7 @@ def text_layer(page: pdfium.PdfPage) -> Layer:
   for turn in sorted(set(turns[visible].tolist()) - {-1}, key=lambda turn: (-(turns[visible] == turn).sum(), turn)):
     mine = visible[turns[visible] == turn]
     pages.append(Page(size[1 - turn % 2], _lines(codes, mine, _turned(boxes[mine], turn, *size))))
-  shown = codes[visible]
-  return Layer(pages, shown, boxes[visible], max(errors, _count_unmapped(shown) / max(1, len(shown))))
+  return Layer(pages, codes[visible], boxes[visible], errors)
 
 
 def _turns(handle: int, n: int) -> np.ndarray:
