@@ -21,6 +21,7 @@ _CODECS = {'.gz': 'gzip', '.zst': 'zstd'}
 _CHANGES = ('ETag', 'etag', 'md5Hash', 'mtime', 'LastModified', 'last_modified', 'updated', 'created')  # of file systems
 _DAY = re.compile(r'\d{4}(-\d\d(-\d\d)?)?(?=$|[T ])')
 _BLOCK = 1 << 22
+_DAMAGED = 1 << 16  # bytes before a damaged place of a compressed file that go with it
 
 
 def listing(name: str, pattern: str) -> list[tuple[str, int, str]]:
@@ -85,7 +86,7 @@ def kind_of(path: str) -> str:
 def uncompressed(path: str, file) -> io.BufferedReader:
   """What a file holds, read as a stream: of '.gz' and '.zst' what is in them. Reading damage: OSError, as `damage` tells."""
   codec = _CODECS.get(pathlib.PurePath(path).suffix.lower())
-  return io.BufferedReader(pa.CompressedInputStream(file, codec), _BLOCK) if codec else file
+  return io.BufferedReader(pa.CompressedInputStream(file, codec), _DAMAGED) if codec else file
 
 
 def damage(error: OSError) -> str:

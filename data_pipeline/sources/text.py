@@ -64,5 +64,5 @@ def decode(data: bytes) -> tuple[str, dict[str, int]]:
 def clean(text: str) -> str:
   """One kind of line end and of space, no control characters, no blank space at line ends, at most one blank line."""
   text = text.replace('\r\n', '\n').replace('\r', '\n').replace('\u00a0', ' ')
-  text = '\n'.join(line.rstrip() for line in _NOT_TEXT.sub('', text).split('\n'))
+  text = '\n'.join(map(str.rstrip, _NOT_TEXT.sub('', text).split('\n')))
   return re.sub(r'\n{3,}', '\n\n', text).strip('\n')

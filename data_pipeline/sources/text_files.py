@@ -15,7 +15,7 @@ from data_pipeline.sources import files
 from data_pipeline.sources.text import decode, html_to_text
 
 _BYTES_A_SHARD = 64 << 20
-_ROWS_A_BATCH = 64
+_ROWS_A_BATCH = 16  # in memory, whatever is in them
 _HTML = ('.html', '.htm', '.xhtml')
 
 

@@ -32,6 +32,7 @@ class Page(Raw):
 
   charset: str = ''  # what its header says
   encoding: str = ''  # of the transfer and the content: 'chunked, gzip'
+  is_cut: bool = False  # by the crawler, at a size of its own
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True, slots=True)
@@ -116,10 +117,12 @@ class Warc:
       else:
         headers = record.http_headers if record.is_http else {}
         encoding = f'{headers.get("Transfer-Encoding", "")}, {headers.get("Content-Encoding", "")}'
-        yield Page(url, content, date, charset=(record.is_http and record.http_charset) or '', encoding=encoding.lower())
+        yield Page(url, content, date, charset=(record.is_http and record.http_charset) or '', encoding=encoding.lower(),
+                   is_cut='WARC-Truncated' in record.headers)
 
   def extract(self, raw: Page) -> tuple[str, dict[str, int]]:
-    return html_to_text(_decoded(raw, self.limits.max_bytes), self.main_content, raw.charset), {}
+    text = html_to_text(_decoded(raw, self.limits.max_bytes), self.main_content, raw.charset)
+    return text, {'cut short by the crawler': 1} if raw.is_cut else {}
 
 
 def _codec(file) -> str:
@@ -158,7 +161,10 @@ def _decoded(page: Page, limit: int) -> bytes:
     if 'chunked' in page.encoding and _CHUNK.match(content):
       content = ChunkedReader(io.BytesIO(content)).read()
     if content.startswith(b'\x1f\x8b') or ('deflate' in page.encoding and content.startswith(b'\x78')):
-      content = zlib.decompressobj(wbits=47).decompress(content, limit + 1)
+      unpacker = zlib.decompressobj(wbits=47)
+      content = unpacker.decompress(content, limit + 1)
+      if len(content) <= limit and not unpacker.eof and not page.is_cut:
+        raise Reject('damaged encoding')
     elif ', br' in page.encoding and not content.lstrip().startswith(b'<'):
       content = BrotliReader(io.BytesIO(content)).read(limit + 1)
   except (OSError, zlib.error) as error:
