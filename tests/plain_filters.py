@@ -5,7 +5,7 @@ import itertools
 import re
 import unicodedata
 
-from data_pipeline.filters import pii, scan
+from data_pipeline.filters import kernels, pii
 
 
 def words(text: str) -> list[str]:
@@ -42,7 +42,7 @@ def quality(text: str, stop_words) -> list[float]:
     return [0.0] * 8
   n, n_lines = len(found), len(lines(text))
   return [n, sum(map(len, found)) / n, text.count('#') / n, len(re.findall(r'\.\.\.|…', text)) / n,
-          sum(line[0] in scan.BULLETS for line in lines(text)) / n_lines,
+          sum(line[0] in kernels.BULLETS for line in lines(text)) / n_lines,
           sum(line.endswith(('...', '…')) for line in lines(text)) / n_lines,
           sum(any(c.isalpha() for c in word) for word in found) / n,
           len({compared(word) for word in found} & set(stop_words))]
@@ -112,7 +112,7 @@ def cut_lines(text: str, terminal: str, min_words: int, max_word_length: int, ph
 
 
 def sentences(text: str) -> int:
-  return len(re.findall(rf'[{scan.STOPS}][{scan.STOPS}{re.escape(scan.CLOSERS)}]*(?=\s|$)', text))
+  return len(re.findall(rf'[{kernels.STOPS}][{kernels.STOPS}{re.escape(kernels.CLOSERS)}]*(?=\s|$)', text))
 
 
 def redacted(text: str, kinds=pii.KINDS) -> str:

@@ -1,5 +1,6 @@
 """Filters: every count against plain Python, every rule at its limits, and what they do to a corpus that is built."""
 
+import ast
 import dataclasses
 import json
 import random
@@ -15,15 +16,16 @@ import pytest
 
 from data_pipeline import build, shards, verdicts
 from data_pipeline.dedup.exact import Exact
-from data_pipeline.filters import heuristics, pii, quality, repetition, scan
-from data_pipeline.filters.heuristics import C4Lines, C4Pages, Compression, FineWeb, GopherQuality
+from data_pipeline.filters import heuristics, kernels, pii, quality
+from data_pipeline.filters.heuristics import C4Lines, C4Pages, Compression, FineWeb, GopherQuality, GopherRepetition
 from data_pipeline.filters.language import Language
 from data_pipeline.filters.pii import Redact
 from data_pipeline.filters.quality import Quality
-from data_pipeline.filters.repetition import GopherRepetition
 from data_pipeline.filters.step import Filters, Texts, _View
 from data_pipeline.filters.urls import Urls
 from data_pipeline.recipe import Recipe
+from data_pipeline.sources.debian import DebianPackage
+from data_pipeline.sources.text import clean
 from data_pipeline.sources.text_files import TextFiles
 
 PROSE = """The harbour lay quiet that morning, and the boats moved only a little with the tide. An old man mended nets on the
@@ -79,14 +81,13 @@ TEXTS = [*strange_texts(400), PROSE, *(corpora.made_up_text(i, 150) for i in ran
 def test_words_lines_and_their_lengths_are_those_of_str():
   for text in TEXTS:
     data = np.frombuffer(text.encode(), np.uint8)
-    n = scan.most_words(data, np.array([0, len(data)]), np.arange(1))
-    hashes, words, lines = scan.tables(n)
-    n_words, n_lines = scan.scan(data, scan.classes(), hashes, words, lines)
-    assert n_words <= n and n_lines <= n
-    assert words[scan.WORD_CHARACTERS, :n_words].tolist() == list(map(len, plain.words(text)))
-    assert lines[scan.LINE_CHARACTERS, :n_lines].tolist() == list(map(len, plain.lines(text)))
-    assert lines[scan.LINE_WORDS, :n_lines].tolist() == [len(line.split()) for line in plain.lines(text)]
-    spans = zip(lines[scan.LINE_START, :n_lines].tolist(), lines[scan.LINE_END, :n_lines].tolist())
+    hashes, words, lines = kernels.tables(data, np.array([0, len(data)]), np.arange(1))
+    n_words, n_lines = kernels.scan(data, kernels.classes(), hashes, words, lines)
+    assert n_words <= len(hashes) and n_lines <= lines.shape[1]
+    assert words[kernels.WORD_CHARACTERS, :n_words].tolist() == list(map(len, plain.words(text)))
+    assert lines[kernels.LINE_CHARACTERS, :n_lines].tolist() == list(map(len, plain.lines(text)))
+    assert lines[kernels.LINE_WORDS, :n_lines].tolist() == [len(line.split()) for line in plain.lines(text)]
+    spans = zip(lines[kernels.LINE_START, :n_lines].tolist(), lines[kernels.LINE_END, :n_lines].tolist())
     assert [text.encode()[start:end].decode() for start, end in spans] == plain.lines(text)
     of = {}
     for word, key in zip(map(plain.compared, plain.words(text)), hashes[:n_words].tolist()):
@@ -96,18 +97,19 @@ def test_words_lines_and_their_lengths_are_those_of_str():
 
 def test_counts_of_gopher_are_those_of_plain_python():
   stop_words = GopherQuality().stop_words
-  found = heuristics.quality(*as_texts(TEXTS), scan.classes(), np.array(list(map(scan.hash_of_word, stop_words)), np.uint64))
+  keys = np.array(list(map(kernels.hash_of_word, stop_words)), np.uint64)
+  found = kernels.quality(*as_texts(TEXTS), kernels.classes(), keys)
   np.testing.assert_allclose(found, [plain.quality(text, stop_words) for text in TEXTS], rtol=1e-12)
 
 
 def test_shares_of_repetition_are_those_of_plain_python():
-  found = repetition.repetition(*as_texts(TEXTS), scan.classes())
+  found = kernels.repetition(*as_texts(TEXTS), kernels.classes())
   np.testing.assert_allclose(found, [plain.repetition(text) for text in TEXTS], rtol=1e-12)
   assert (found[:, :13] > 0).any(axis=0).all()  # every one of them was tried
 
 
 def test_shares_of_lines_are_those_of_plain_python():
-  found = heuristics.line_shares(*as_texts(TEXTS), scan.classes(), scan.codes('.!?"。'), 12)
+  found = kernels.line_shares(*as_texts(TEXTS), kernels.classes(), kernels.codes('.!?"。'), 12)
   np.testing.assert_allclose(found, [plain.line_shares(text, '.!?"。', 12) for text in TEXTS], rtol=1e-12)
 
 
@@ -121,10 +123,21 @@ def test_lines_are_cut_as_plain_python_cuts_them(rule):
 
 def test_sentences_and_phrases_are_those_of_plain_python():
   phrases = heuristics._packed(('{', 'THE to'))
-  sentences, has_phrase = heuristics.sentences_and_phrases(*as_texts(TEXTS), scan.classes(), *phrases)
+  sentences, has_phrase = kernels.sentences_and_phrases(*as_texts(TEXTS), kernels.classes(), *phrases)
   assert sentences.tolist() == [plain.sentences(text) for text in TEXTS]
   assert has_phrase.tolist() == ['{' in text or 'the to' in plain.small(text) for text in TEXTS]
   assert 0 < has_phrase.sum() < len(TEXTS)
+
+
+def test_a_compiled_function_calls_none_of_another_file():
+  """Numba caches it until its own file changes, and would go on with the old one of the other file."""
+  for path in sorted(Path(build.__file__).parent.rglob('*.py')):
+    tree = ast.parse(path.read_text())
+    ours = {(name.asname or name.name) for node in tree.body if isinstance(node, ast.ImportFrom)
+            and node.module.startswith('data_pipeline') for name in node.names}
+    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)
+                     and any('njit' in ast.unparse(one) for one in node.decorator_list)]:
+      assert not ours & {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}, (path.name, function.name)
 
 
 # Rules.
@@ -167,7 +180,7 @@ def test_a_rule_leaves_out_what_it_is_for_and_says_why(rule, text, why):
 def test_each_share_of_repetition_has_its_own_limit():
   names = [field.name for field in dataclasses.fields(GopherRepetition)]
   text = PROSE + '\n\n' + PROSE.replace('nets', 'sails')
-  shares = repetition.repetition(*as_texts([text]), scan.classes())[0]
+  shares = kernels.repetition(*as_texts([text]), kernels.classes())[0]
   none = dict.fromkeys(names)
   for name, share in zip(names, shares.tolist()):
     assert share > 0, name
@@ -186,10 +199,11 @@ def test_languages_are_told_apart(text, language):
   assert found.columns['language'] == [language] * 2 and found.facts == {'languages': {language: 2}}
 
 
-def test_only_the_beginning_of_a_text_decides_its_language():
+def test_pieces_of_all_of_a_long_text_decide_its_language():
   german = 'Das Boot liegt im Hafen, und niemand weiß, wann es wieder ausläuft. ' * 100
-  assert judge(Language(), PROSE * 5 + german).columns['language'] == ['en']
-  assert judge(Language(), '漢' * 1999 + 'é' * 5000).columns['language'] == ['zh']  # cut between characters
+  contents = '1.2 ........ 17\n' * 60
+  assert judge(Language(), contents + PROSE * 5, PROSE * 2 + german).columns['language'] == ['en', 'de']
+  assert judge(Language(), '漢é' * 5000, 'x' + '漢' * 3001).columns['language'][1] == 'zh'  # cut between characters
 
 
 def test_addresses_are_blocked_by_domain_and_by_word(tmp_path):
@@ -342,6 +356,13 @@ def test_a_later_step_sees_what_an_earlier_one_has_left(pages, tmp_path):
   assert len(left) == 12 and all(row['trained'] == plain.cut_lines(row['text'], '', 12, 1000, ()) for row in left)
 
 
+def test_a_line_that_begins_with_what_an_earlier_step_replaced_is_cut_with_it(tmp_path):
+  (tmp_path / 'page.txt').write_text('ann@example.org\n' + PROSE)
+  steps = (Filters(name='first', rules=(Redact(),)), Filters(name='then', rules=(C4Lines(terminal=''),)))
+  corpus = build.build(recipe(tmp_path, *steps), tmp_path / 'corpus', workers=1)
+  assert documents_of(corpus)[0]['trained'] == PROSE
+
+
 def test_a_changed_list_or_limit_judges_again_and_nothing_else_does(pages, tmp_path, capsys):
   (tmp_path / 'words').write_text('nothing\n')
   of_words = lambda: recipe(pages, Filters(rules=(Urls(word_lists=(str(tmp_path / 'words'),)),)))
@@ -384,11 +405,11 @@ def test_scores_are_mean_weights_of_words_and_pairs_of_words(model):
   folder, _ = model
   learnt = dict(np.load(folder / 'model.npz'))
   texts = ['', 'term1', 'Term1 word2, term1', 'word7 ' * 3000]
-  found = quality.score(*as_texts(texts), scan.classes(), learnt['weights'], float(learnt['bias']), 2000)
+  found = kernels.score(*as_texts(texts), kernels.classes(), learnt['weights'], float(learnt['bias']), 2000)
   expected = []
   for text in texts:
-    keys = [scan.hash_of_word(word) for word in text.split()[:2000]]
-    mixed = lambda a, b: int(scan.mixed(np.uint64((a * 0x9e3779b97f4a7c15 + b) % 2**64)))
+    keys = [kernels.hash_of_word(word) for word in text.split()[:2000]]
+    mixed = lambda a, b: int(kernels.mixed(np.uint64((a * 0x9e3779b97f4a7c15 + b) % 2**64)))
     features = [key % 2**20 for key in keys + [mixed(a, b) for a, b in zip(keys, keys[1:])]]
     expected.append(float(learnt['bias']) + sum(float(learnt['weights'][f]) for f in features) / max(len(features), 1))
   np.testing.assert_allclose(found, expected, rtol=1e-9)
@@ -461,3 +482,40 @@ def test_no_text_takes_long_or_breaks_a_rule(rule):
     started = time.process_time()
     judge(rule, text, urls=[text[:5000]])
     assert time.process_time() - started < 2, text[:20]
+
+
+# Real text, of packages that are fetched by name.
+
+
+def pages_of(package: str, pages: str, folder: Path) -> list[tuple[str, str]]:
+  """(path in the package, text) of its HTML pages that have a paragraph of text."""
+  source = DebianPackage(name=package, pages=pages)
+  unit, = source.fetch(folder)
+  found = [(raw.url, clean(source.extract(raw)[0])) for raw in source.read(unit)]
+  return [(url, text) for url, text in found if len(text) > 500]
+
+
+@pytest.mark.slow
+def test_languages_of_a_manual_that_is_there_in_nineteen(tmp_path):
+  """Pages that are not translated are in English, whatever their folder says."""
+  pages = pages_of('installation-guide-amd64', '*/*.html', tmp_path)
+  labels = [url.split('/')[-2].partition('_')[0] for url, _ in pages]
+  found = judge(Language(keep=(), min_score=0), *(text for _, text in pages)).columns['language']
+  assert len(set(labels)) > 15
+  right = {label: np.mean([f in (label, 'en') for f, l in zip(found, labels) if l == label]) for label in set(labels)}
+  print(right, 'in English:', np.mean([f == 'en' for f, l in zip(found, labels) if l != 'en']))
+  assert min(right.values()) > 0.98, right
+
+
+@pytest.mark.slow
+def test_essays_pass_and_are_told_from_a_manual(tmp_path):
+  essays, manual = (pages_of(name, '*/html/*.html', tmp_path) for name in ('anarchism', 'postgresql-doc-15'))
+  texts = [text for _, text in essays]
+  for rule in (GopherQuality(), GopherRepetition(), FineWeb(), C4Pages(phrases=('lorem ipsum',)), Compression(), Language()):
+    assert np.mean(judge(rule, *texts).reasons == '') > 0.95, rule
+  for name, some in (('essays', texts), ('manual', [text for _, text in manual])):
+    pieces = [text[i:i + 3000] for text in some for i in range(0, len(text), 3000)]
+    (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'text': piece}) + '\n' for piece in pieces))
+  found = quality.train([f'{tmp_path}/essays.jsonl'], [f'{tmp_path}/manual.jsonl'], tmp_path / 'model.npz')
+  print(found)
+  assert found['accuracy'] > 0.98 and min(found['held_out']) > 300

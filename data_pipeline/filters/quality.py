@@ -28,7 +28,7 @@ import pyarrow as pa
 import xxhash
 
 from data_pipeline import shards
-from data_pipeline.filters import scan
+from data_pipeline.filters import kernels
 from data_pipeline.filters.step import Found, Rule, Texts, count, first_reason, hash_of
 from data_pipeline.recipe import Limits, Raw, Reject, Unreadable
 from data_pipeline.sandbox import Sandbox
@@ -63,7 +63,7 @@ class Quality(Rule):
 
   def judge(self, texts: Texts, rows: np.ndarray) -> Found:
     model = _load(self.model, os.stat(self.model).st_mtime_ns)
-    scores = score(texts.data, texts.offsets, rows, scan.classes(), model['weights'], model['bias'], _WORDS)
+    scores = kernels.score(texts.data, texts.offsets, rows, kernels.classes(), model['weights'], model['bias'], _WORDS)
     buckets = np.searchsorted(model['bounds'], scores, side='right')
     names = [f'q{bucket:02d}' for bucket in buckets]
     out = np.array([bool(self.curve) and self.curve[bucket] == 0 for bucket in buckets], bool)
@@ -98,34 +98,6 @@ def _load(path: str, changed: int) -> dict:
   if model['format'] != _FORMAT or model['weights'].shape != (1 << _BITS,):
     raise ValueError(f'{path} is a model of quality of another version: train it again')
   return model | {'bias': float(model['bias'])}
-
-
-@numba.njit(cache=True)
-def features(text, classes, hashes, words, lines, most, out):
-  """Fills `out` with the hashed words and pairs of words of a document; returns how many there are."""
-  n_words, _ = scan.scan(text, classes, hashes, words, lines)
-  n = min(n_words, most)
-  mask = np.uint64((1 << _BITS) - 1)
-  for i in range(n):
-    out[i] = hashes[i] & mask
-  for i in range(n - 1):
-    out[n + i] = scan.mixed(hashes[i] * np.uint64(0x9e3779b97f4a7c15) + hashes[i + 1]) & mask
-  return max(2 * n - 1, 0)
-
-
-@numba.njit(cache=True)
-def score(data, offsets, rows, classes, weights, bias, most):
-  """float64 [rows]: log odds: the bias and the mean weight of the features."""
-  scores = np.empty(len(rows))
-  hashes, words, lines = scan.tables(scan.most_words(data, offsets, rows))
-  found = np.empty(2 * most, np.uint32)
-  for r in range(len(rows)):
-    n = features(data[offsets[rows[r]]:offsets[rows[r] + 1]], classes, hashes, words, lines, most, found)
-    total = 0.0
-    for i in range(n):
-      total += weights[found[i]]
-    scores[r] = bias + total / max(n, 1)
-  return scores
 
 
 @numba.njit(cache=True)
@@ -200,8 +172,8 @@ def _documents(patterns: list[str], most: int) -> dict[str, np.ndarray]:
           unreadable += 1
           continue
         texts, out = Texts.of([data]), np.empty(2 * _WORDS, np.uint32)
-        tables = scan.tables(scan.most_words(texts.data, texts.offsets, np.arange(1)))
-        n = features(texts.data, scan.classes(), *tables, _WORDS, out)
+        tables = kernels.tables(texts.data, texts.offsets, np.arange(1))
+        n = kernels.features(texts.data, kernels.classes(), *tables, _WORDS, np.uint64((1 << _BITS) - 1), out)
         documents[xxhash.xxh3_128_hexdigest(data)] = out[:n].copy()
         if len(documents) > 2 * most:
           documents = {name: documents[name] for name in sorted(documents)[:most]}

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline import shards, verdicts
-from data_pipeline.filters import scan
+from data_pipeline.filters import kernels
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,12 +87,12 @@ class Filters:
   def state(self) -> str:
     if unknown := [rule for rule in self.rules if type(rule).__module__ not in sys.modules]:
       raise ValueError(f'step {self.name}: put the rule {type(unknown[0]).__name__} in a module that Python can import')
-    modules = sorted({type(rule).__module__ for rule in self.rules} | {scan.__name__, __name__, verdicts.__name__})
+    modules = sorted({type(rule).__module__ for rule in self.rules} | {kernels.__name__, __name__, verdicts.__name__})
     return shards.key_of(shards.code_of(*(sys.modules[module] for module in modules)), [rule.state() for rule in self.rules])
 
   def judge(self, tasks, shards_: list[verdicts.Shard]) -> list[dict]:
     key = shards.key_of(shards.describe(self), self.state())
-    return tasks.run(f'{self.name}', _judge_shard, [
+    return tasks.run(self.name, _judge_shard, [
       (f'{self.name}-{i:05d}', shards.key_of(key, shard.documents, shard.hashes), self, shard)
       for i, shard in enumerate(shards_)])
 

@@ -12,10 +12,9 @@ from data_pipeline.decontaminate import Decontaminate
 from data_pipeline.dedup.exact import Exact
 from data_pipeline.dedup.fuzzy import Fuzzy
 from data_pipeline.dedup.substring import Substrings
-from data_pipeline.filters.heuristics import Compression, GopherQuality
+from data_pipeline.filters.heuristics import Compression, GopherQuality, GopherRepetition
 from data_pipeline.filters.language import Language
 from data_pipeline.filters.pii import Redact
-from data_pipeline.filters.repetition import GopherRepetition
 from data_pipeline.filters.step import Filters
 from data_pipeline.filters.urls import Urls
 from data_pipeline.recipe import Recipe
