@@ -79,7 +79,7 @@ def edit(text: str, edits: list[dict]) -> str:
   if not edits:
     return text
   data, pieces, end = text.encode(), [], 0
-  for one in sorted(edits, key=lambda one: (one['start'], one['end'])):
+  for one in sorted(edits, key=lambda one: (one['start'], -one['end'])):
     if one['start'] >= end:
       pieces += [data[end:one['start']], one['text'].encode()]
     end = max(end, one['end'])
