@@ -80,18 +80,18 @@ def places(data, offsets, rows):
   found = [(0, 0, 0, 0) for _ in range(0)]
   for r in range(len(rows)):
     text = data[offsets[rows[r]]:offsets[rows[r] + 1]]
-    n, i, account = len(text), 0, 0
+    n, i, address, colon, account = len(text), 0, 0, 0, 0  # the last three: the end of the last place of the kind
     while i < n:
       b, start, end = text[i], i, i + 1
-      if b == 64:  # @
+      if b == 64 and i >= address:  # @
         while start and i - start < 320 and not _ends_address(text[start - 1]):
           start -= 1
-        while end < n and end - i < 320 and not _ends_address(text[end]):
-          i = end if text[end] == 64 else i  # another one: in one place with the first
-          end += 1
-        first, last = _widened(text, start, end)
+        at = address = i
+        while address < n and address - at < 320 and not _ends_address(text[address]):
+          at = address if text[address] == 64 else at  # another one: in one place with the first
+          address += 1
+        first, last = _widened(text, start, address)
         found.append((r, _AT, first, last))
-        end = i + 1
       elif _is_digit(b) or b == 43 or b == 40:  # + (
         digits, end = 0, i
         while end < n and (_is_digit(text[end]) or 40 <= text[end] <= 47 and text[end] != 42 or text[end] == 32):  # ()+,-./
@@ -100,19 +100,16 @@ def places(data, offsets, rows):
         if digits >= 8:
           first, last = _widened(text, start, end)
           found.append((r, _NUMBER, first, last))
-      elif b == 58 and end < n:  # :
+      elif b == 58 and i >= colon:  # :
         while start and (_is_hex(text[start - 1]) or text[start - 1] == 58):
           start -= 1
-        colons = 0
-        end = start
-        while end < n and (_is_hex(text[end]) or text[end] == 58):
-          colons += text[end] == 58
-          end += 1
+        colons, colon = 0, start
+        while colon < n and (_is_hex(text[colon]) or text[colon] == 58):
+          colons += text[colon] == 58
+          colon += 1
         if colons >= 2:
-          first, last = _widened(text, start, end)
+          first, last = _widened(text, start, colon)
           found.append((r, _COLON, first, last))
-        while text[end - 1] != 58:  # a number may begin with the digits after the last one
-          end -= 1
       elif i >= account and 65 <= b <= 90 and i + 15 <= n and 65 <= text[i + 1] <= 90 and _is_digit(text[i + 2]):
         account = i
         while account < n and (_is_digit(text[account]) or 65 <= text[account] <= 90 or text[account] == 32):
@@ -120,7 +117,6 @@ def places(data, offsets, rows):
         first, last = _widened(text, start, account)
         if account - i >= 15:
           found.append((r, _ACCOUNT, first, last))
-        end = i + 2
       i = end
   return np.array(found, np.int64).reshape(-1, 4) if found else np.empty((0, 4), np.int64)
 
