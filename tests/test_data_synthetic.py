@@ -27,6 +27,10 @@ from tests.engine_parts import Censor
 ROOT = Path(__file__).parents[1]
 
 
+class ManyAtOnce(http.server.ThreadingHTTPServer):
+  request_queue_size = 64  # a connection that finds no place tries again after a second
+
+
 class Endpoint:
   """A server of chat completions. behave(number of the request from 0, passage) returns what goes wrong: a status,
   'hang up', 'garbage', 'sleep', or None: then the answer is the passage with its words turned round."""
@@ -72,7 +76,7 @@ class Endpoint:
       def log_message(self, *args):
         pass
 
-    self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    self.server = ManyAtOnce(('127.0.0.1', 0), Handler)
     self.url = f'http://127.0.0.1:{self.server.server_address[1]}/v1'
 
   def passages(self) -> collections.Counter:
