@@ -3,8 +3,8 @@
     python -m maxlm.train --config=configs/web_pdf_synthetic.py
     python -m maxlm.train --config=configs/web_pdf_synthetic.py:small      # the small corpus of the tests, a minute
 
-The corpus is built first if it is not there (docs/data.md says how long that takes). The log and metrics.jsonl have the loss of
-each source. Figures of the last verified run are in docs/LOG.md.
+The corpus is built first if it is not there (docs/data.md says how long that takes). The log and metrics.jsonl have the loss
+of each source. Figures of the last verified run are in docs/LOG.md.
 """
 
 from maxlm.config import Experiment

@@ -42,6 +42,7 @@ PARAMETERS = {
   'quickstart': 4_197_120,
   'qwen3_30b_a3b': 30_532_122_624,
   'tiny': 231_112,
+  'web_pdf_synthetic': 4_197_120,
 }
 SHAPE_OF = {
   'deepseek_v3': 'DeepSeek-V3', 'gpt_oss_120b': 'gpt-oss-120b', 'nemotron3_nano': 'NVIDIA-Nemotron-3-Nano-30B-A3B-BF16',
