@@ -57,11 +57,18 @@ def column(root: pathlib.Path, shard: Shard, step: str, name: str) -> pa.Chunked
 def kept(root: pathlib.Path, shard: Shard, columns: list[str]) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
   """(rows, columns of documents) of what is kept so far, in order and in batches; text as the source gave it."""
   alive, first = reasons(root, shard) == '', 0
-  for batch in pq.ParquetFile(root / shard.documents).iter_batches(_ROWS_A_BATCH, columns=columns):
+  for batch in _batches(root / shard.documents, columns):
     rows, = np.nonzero(alive[first:first + len(batch)])
     if len(rows):
       yield rows + first, batch.take(pa.array(rows))
     first += len(batch)
+
+
+def _batches(path: pathlib.Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+  """A group of rows at a time: these are bounded in bytes (`documents`), and batches over their ends would not be."""
+  file = pq.ParquetFile(path)
+  for group in range(file.num_row_groups):
+    yield from file.iter_batches(_ROWS_A_BATCH, row_groups=[group], columns=columns)
 
 
 def edited(root: pathlib.Path, shard: Shard) -> Iterator[tuple[np.ndarray, list[str]]]:
@@ -122,7 +129,7 @@ def _show(documents: pathlib.Path, removed: dict) -> None:
   """Rows of samples -> {url, text}."""
   wanted = sorted(row for of_reason in removed.values() for row in of_reason['samples'])
   shown, first = {}, 0
-  for batch in pq.ParquetFile(documents).iter_batches(_ROWS_A_BATCH, columns=['url', 'text']) if wanted else ():
+  for batch in _batches(documents, ['url', 'text']) if wanted else ():
     for row in wanted:
       if first <= row < first + len(batch):
         url, text = (batch[name][row - first].as_py() for name in ('url', 'text'))
