@@ -25,7 +25,6 @@ from data_pipeline.sources.pdf import DebianPdfs, Pdfs, Scanned, as_images
 from tests import pdfs
 from tests.pdfs import COURIER, Sheet, make_pdf
 
-
 needs_tesseract = pytest.mark.skipif(shutil.which('tesseract') is None, reason='apt-get install tesseract-ocr')
 
 
