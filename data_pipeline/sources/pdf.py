@@ -121,7 +121,7 @@ def as_images(data: bytes, n_pages: int, dpi: float) -> bytes:
   with pdf_pages.opened(data) as document:
     n_pages = min(n_pages, len(document))
     for i in range(n_pages):
-      page = document[i * len(document) // n_pages]
+      page = document[(2 * i + 1) * len(document) // (2 * n_pages)]
       width, height = page.get_size()
       image = pdfium.PdfImage.new(copy)
       image.set_bitmap(pdf_pages.drawn(page, dpi)[0])
