@@ -1,6 +1,7 @@
 """Web archives and files as sources: what is read, and what damage costs. Archives, pages and files are made here."""
 
 import collections
+import functools
 import gzip
 import importlib.util
 import io
@@ -30,6 +31,7 @@ from data_pipeline.sources.warc import Page, Warc
 from tests.benchmarks import extraction
 
 ROOT = Path(__file__).parents[1]
+packed = functools.partial(gzip.compress, mtime=0)
 
 
 def record(url: str, body: bytes, kind: str = 'response', http: str = 'Content-Type: text/html', status: int = 200) -> bytes:
@@ -77,8 +79,8 @@ def read_warc(tmp_path: Path, data: bytes, **options) -> list[tuple[str, str]]:
 # -- archives
 
 
-PACKS = {'plain': b''.join, 'gzip': lambda records: b''.join(map(gzip.compress, records)),
-         'one gzip': lambda records: gzip.compress(b''.join(records)), 'zstd': lambda records: b''.join(map(zstd, records))}
+PACKS = {'plain': b''.join, 'gzip': lambda records: b''.join(map(packed, records)),
+         'one gzip': lambda records: packed(b''.join(records)), 'zstd': lambda records: b''.join(map(zstd, records))}
 
 
 @pytest.mark.parametrize('pack', PACKS.values(), ids=PACKS)
@@ -130,11 +132,11 @@ def brotli(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize('encode, header', [
-  (gzip.compress, 'Content-Encoding: gzip'), (zlib.compress, 'Content-Encoding: deflate'),
+  (packed, 'Content-Encoding: gzip'), (zlib.compress, 'Content-Encoding: deflate'),
   (chunked, 'Transfer-Encoding: chunked'),
-  (lambda data: chunked(gzip.compress(data)), 'Content-Encoding: gzip\r\nTransfer-Encoding: chunked'),
+  (lambda data: chunked(packed(data)), 'Content-Encoding: gzip\r\nTransfer-Encoding: chunked'),
   (brotli, 'Content-Encoding: br'), (bytes, 'Content-Encoding: gzip\r\nTransfer-Encoding: chunked'),
-  (bytes, 'Content-Encoding: br'), (bytes, 'Content-Encoding: deflate'), (gzip.compress, 'X-Other: 1')])
+  (bytes, 'Content-Encoding: br'), (bytes, 'Content-Encoding: deflate'), (packed, 'X-Other: 1')])
 def test_encodings_of_the_way_are_undone_where_the_crawler_has_not(tmp_path, encode, header):
   data = record('http://host/', encode(page(3)), http=f'Content-Type: text/html; charset=utf-8\r\n{header}')
   (_, text), = read_warc(tmp_path, data)
@@ -153,7 +155,7 @@ OVERWRITTEN = {'length': (b'Content-Length: ', b'Content-Length: x'),
                'cut': None, 'flipped': None}
 
 
-@pytest.mark.parametrize('compress', [bytes, gzip.compress, zstd], ids=['plain', 'gzip', 'zstd'])
+@pytest.mark.parametrize('compress', [bytes, packed, zstd], ids=['plain', 'gzip', 'zstd'])
 @pytest.mark.parametrize('damage', OVERWRITTEN)
 @pytest.mark.parametrize('where', [0, 1, 4])
 def test_damage_costs_the_record_that_it_touches_and_is_counted(tmp_path, compress, damage, where):
@@ -173,10 +175,10 @@ def test_damage_costs_the_record_that_it_touches_and_is_counted(tmp_path, compre
 
 
 def test_where_an_archive_ends_too_soon_is_told_wherever_that_is(tmp_path):
-  whole = b''.join(map(gzip.compress, RECORDS))
+  whole = b''.join(map(packed, RECORDS))
   starts = [0]
   for one in RECORDS:
-    starts.append(starts[-1] + len(gzip.compress(one)))
+    starts.append(starts[-1] + len(packed(one)))
   for end in range(1, len(whole), 37):
     found = read_warc(tmp_path, whole[:end])
     complete = sum(start <= end for start in starts) - 1
@@ -226,7 +228,7 @@ def test_a_record_of_two_gigabytes_is_passed_by(tmp_path):
   http = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n'
   head += f'Content-Length: {len(http) + (2 << 30)}\r\n\r\n'.encode() + http
   bomb = zeros(2 << 30, head, b'\r\n\r\n')
-  (tmp_path / 'a.warc.gz').write_bytes(gzip.compress(RECORDS[0]) + bomb + gzip.compress(RECORDS[1]))
+  (tmp_path / 'a.warc.gz').write_bytes(packed(RECORDS[0]) + bomb + packed(RECORDS[1]))
   assert read_in_little_memory(Warc, tmp_path / 'a.warc.gz') == ['0 read', 'bomb too large', '1 read']
 
 
@@ -269,9 +271,9 @@ def test_files_of_every_kind_are_read(tmp_path):
   lines = '{"text": "first", "date": "2024-05-01T10:00:00Z"}\n\n{"text": "second", "url": "u", "date": 1700000000}\n'
   table = pa.table({'content': ['third', 'fourth'], 'link': ['u', None], 'day': pa.array([0, 0], pa.timestamp('s'))})
   contents = {
-    'a.jsonl': lines.encode(), 'b.jsonl.gz': gzip.compress(lines.encode()), 'c.jsonl.zst': zstd(lines.encode()),
-    'd.txt': 'één'.encode(), 'e.txt.gz': gzip.compress(b'packed'), 'f.md.zst': zstd(b'# also'), 'g.html': b'<p>page</p>',
-    'h.HTM.gz': gzip.compress(b'<p>packed page</p>'), 'i.txt': 'é'.encode('utf-16'), 'j.txt': b'\xef\xbb\xbfmarked'}
+    'a.jsonl': lines.encode(), 'b.jsonl.gz': packed(lines.encode()), 'c.jsonl.zst': zstd(lines.encode()),
+    'd.txt': 'één'.encode(), 'e.txt.gz': packed(b'packed'), 'f.md.zst': zstd(b'# also'), 'g.html': b'<p>page</p>',
+    'h.HTM.gz': packed(b'<p>packed page</p>'), 'i.txt': 'é'.encode('utf-16'), 'j.txt': b'\xef\xbb\xbfmarked'}
   for name, data in contents.items():
     (tmp_path / name).write_bytes(data)
   found = dict(outcomes(TextFiles(name='mine', pattern=f'{tmp_path}/*'), tmp_path))
@@ -309,8 +311,8 @@ def test_lines_and_rows_that_are_no_documents_are_counted_and_the_rest_is_read(t
 @pytest.mark.parametrize('name, data, texts', [
   ('a.txt', b'', ['[empty file]']), ('a.jsonl', b'', ['[empty file]']), ('a.txt.gz', b'text', ['[damaged]']),
   ('a.txt', b'\xff\xf0' * 100, ['[not utf-8]']), ('a.txt', b'x' * 300 + b'\xff', ['x' * 300 + '\ufffd']),
-  ('a.txt.gz', gzip.compress(b'text')[:-3], ['[cut short]']), ('a.txt.zst', zstd(b'text')[:-3], ['[cut short]']),
-  ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 9)[:-3], ['a'] * 9 + ['[cut short]']),
+  ('a.txt.gz', packed(b'text')[:-3], ['[cut short]']), ('a.txt.zst', zstd(b'text')[:-3], ['[cut short]']),
+  ('a.jsonl.gz', packed(b'{"text": "a"}\n' * 9)[:-3], ['a'] * 9 + ['[cut short]']),
   ('a.parquet', b'PAR1' + bytes(50), ['[damaged]']), ('a.parquet', b'PAR1', ['[damaged]'])])
 def test_a_damaged_file_is_read_as_far_as_it_goes_and_counted(tmp_path, name, data, texts):
   (tmp_path / name).write_bytes(data)
@@ -325,7 +327,7 @@ def test_an_error_of_the_disk_is_no_property_of_the_document():
 
 
 def test_files_at_a_url_are_read_like_those_here(tmp_path):
-  (tmp_path / 'a.warc.gz').write_bytes(b''.join(map(gzip.compress, RECORDS)))
+  (tmp_path / 'a.warc.gz').write_bytes(b''.join(map(packed, RECORDS)))
   (tmp_path / 'b.jsonl').write_text('{"text": "first", "url": "u"}\n')
   for path in tmp_path.iterdir():
     with fsspec.open(f'memory://web/{path.name}', 'wb') as file:
@@ -407,7 +409,7 @@ def test_text_of_real_pages_is_nearer_to_their_source_than_a_peer_s():
 def bad_inputs(folder: Path) -> Recipe:
   """A recipe of archives and files, many of them damaged."""
   folder.mkdir()
-  gz = [gzip.compress(record(f'http://host/{i}', page(i))) for i in range(60)]
+  gz = [packed(record(f'http://host/{i}', page(i))) for i in range(60)]
   (folder / 'a.warc.gz').write_bytes(b''.join(gz[:20]) + gz[20][:100] + b''.join(gz[21:40]))
   (folder / 'b.warc.gz').write_bytes(b''.join(gz[40:])[:-50])
   (folder / 'c.warc.gz').write_bytes(b'')
@@ -464,7 +466,7 @@ def fuzz(n: int, tmp_path: Path, cap_seconds: float = 10) -> collections.Counter
   html, chance, counts = [page(i) for i in range(5)], random.Random(5), collections.Counter()
   html.append(b'<html><head><meta charset="utf-8"></head><body><main><ul><li>one <a href="x">two</a></ul>'
               b'<table><tr><td>x</table><pre>code</pre><form><input></form></main></body></html>' * 3)
-  extra = [record('http://host/gz', gzip.compress(html[1]), http='Content-Type: text/html\r\nContent-Encoding: gzip'),
+  extra = [record('http://host/gz', packed(html[1]), http='Content-Type: text/html\r\nContent-Encoding: gzip'),
            record('http://host/br', brotli(html[1]), http='Content-Type: text/html\r\nContent-Encoding: br'),
            record('http://host/ch', chunked(html[1]), http='Content-Type: text/html\r\nTransfer-Encoding: chunked'),
            record('http://host/wet', 'Wörter'.encode(), 'conversion')]
@@ -472,9 +474,9 @@ def fuzz(n: int, tmp_path: Path, cap_seconds: float = 10) -> collections.Counter
   lines = ''.join(lines).encode()
   sink = io.BytesIO()
   pq.write_table(pa.table({'text': [corpora.made_up_text(i, 9) for i in range(9)], 'url': ['u'] * 9}), sink)
-  inputs = {'a.warc': [b''.join(RECORDS[:3] + extra)], 'a.warc.gz': [b''.join(map(gzip.compress, RECORDS[:3] + extra))],
+  inputs = {'a.warc': [b''.join(RECORDS[:3] + extra)], 'a.warc.gz': [b''.join(map(packed, RECORDS[:3] + extra))],
             'b.warc.zst': [b''.join(map(zstd, RECORDS[:3] + extra))], 'a.html': html, 'a.jsonl': [lines],
-            'a.jsonl.gz': [gzip.compress(lines)], 'a.jsonl.zst': [zstd(lines)], 'a.parquet': [sink.getvalue()]}
+            'a.jsonl.gz': [packed(lines)], 'a.jsonl.zst': [zstd(lines)], 'a.parquet': [sink.getvalue()]}
   weights = (4, 4, 1, 6, 1, 1, 1, 1)
   limits = Limits(max_bytes=8 << 20, cpu_seconds=5, wall_seconds=8)
   sources = {name: (Warc if 'warc' in name else TextFiles)(

@@ -13,6 +13,7 @@ _LISTING_NUMBER = re.compile(r'(?m)^(>?) {0,4}\d{1,4}&nbsp;')  # DocBook's DSSSL
 _NOT_TEXT = re.compile('[\x00-\x08\x0b-\x1f\x7f\xad\u200b\ufeff\ud800-\udfff]')  # control characters, hints, halves
 _UL, _A = re.compile(r'<(/?)[uU][lL]\b[^>]*>'), re.compile(r'</?[aA]\b[^>]*>')
 _LINK, _TAG = re.compile(r'<[aA]\b[^>]*>.*?</[aA]\s*>', re.S), re.compile(r'<[^>]*>')
+_HIGHLIGHT = re.compile(r'<span class="[a-z]{1,3}\d?">([^<]*)</span>')  # of syntax: most elements of a page of code
 _DEEPER = 3  # elements; resiliparse 2.0.1 drops any <ul> less deep in the body
 _GARBLED = 0.01  # of the characters of a file: it is something else than text
 
@@ -28,8 +29,9 @@ def html_to_text(html: bytes, main_content: bool = False, charset: str = '') -> 
   text = bytes_to_str(html, encoding or detect_encoding(html, from_html_meta=True))
   if '&nbsp;' in text:  # seldom, and sooner found
     text = _LISTING_NUMBER.sub(r'\1', text)
-  return extract_plain_text(_keep_lists(text) if main_content else text, main_content=main_content, alt_texts=False,
-                            skip_elements=list(_SKIPPED))
+  if main_content:
+    text = _keep_lists(_HIGHLIGHT.sub(r'\1', text))
+  return extract_plain_text(text, main_content=main_content, alt_texts=False, skip_elements=list(_SKIPPED))
 
 
 def _keep_lists(page: str) -> str:
