@@ -225,7 +225,7 @@ def test_a_client_that_goes_away_costs_nobody_else_anything(server):
 @pytest.fixture(scope='module')
 def long(workdir):
   """One for long texts."""
-  server = Server(workdir, '--max_length=32768', '--batch_size=8', '--name=long')
+  server = Server(workdir, '--max_length=131072', '--batch_size=8', '--name=long')
   yield server
   server.end()
 
@@ -239,13 +239,13 @@ def test_a_checkpoint_rewrites_a_corpus_end_to_end(corpus, tmp_path, long):
   answers = [json.loads(line) for line in open(tmp_path / 'journal' / 'answers.jsonl')]
   documents = pq.read_table(out / 'documents' / 'rephrased').to_pylist()
   reasons = collections.Counter(row['reason'] for row in pq.read_table(out / 'rejects' / 'rephrased').to_pylist())
-  assert len(answers) == 8 == len(documents) + reasons.total() and len(documents) >= 3 and set(reasons) <= {'cut off'}
+  assert len(answers) == 8 == len(documents) + reasons.total() and documents and set(reasons) <= {'cut off', 'too short'}
   assert {row['parent'] for row in documents} <= {answer['document'] for answer in answers}
 
 
 def test_a_stop_is_quick_and_those_who_wait_are_told(long):
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
-    waiting = [pool.submit(long.refuses, TEXT, prompt='x', max_tokens=16_000, seed=seed) for seed in range(3)]
+    waiting = [pool.submit(long.refuses, TEXT, prompt='x', max_tokens=100_000, temperature=0, seed=i) for i in range(3)]
     time.sleep(3)
     assert not any(one.done() for one in waiting)
     began = time.monotonic()
