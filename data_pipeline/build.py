@@ -89,8 +89,8 @@ class _Build:
     started = time.monotonic()
     _say(f'building corpus {self.recipe.name!r} in {self.root}, processes: {self.runner.workers}')
     sources = self._documents()
-    found = [Shard(source=unit['source'], documents=unit['files'][0]['path'], rows=unit['documents'],
-                   hashes=(unit['files'][0]['xxh3'],)) for source in sources for unit in source['units']]
+    found = [Shard(source=unit['source'], documents=shard['path'], rows=shard['rows'], hashes=(shard['xxh3'],))
+             for source in sources for unit in source['units'] for shard in unit['shards']]
     found, judged = self._steps(found)
     chosen = self._selection(found)
     vocabulary = self._tokenizer(found, chosen)
@@ -115,10 +115,10 @@ class _Build:
       for source in missing:
         inputs = source.fetch(scratch)
         for i, unit in enumerate(inputs):
-          name = f'{source.name}/{i:05d}-of-{len(inputs):05d}.parquet'
+          name = f'{source.name}/{i:05d}-of-{len(inputs):05d}'
           key = shards.key_of(keys[source.name], name, unit.lineage)
           tasks.append((f'documents-{source.name}-{i:05d}', key, source, unit, name, self.recipe.limits))
-      written = self.tasks.run('documents', documents.write_shard, tasks, lasting=False)
+      written = self.tasks.run('documents', documents.write_shards, tasks, lasting=False)
     for source in missing:
       units = [record for record in written if record['source'] == source.name]
       shards.write_record(self.root, f'documents-{source.name}', keys[source.name],

@@ -48,7 +48,8 @@ def figures(root: pathlib.Path, recipe, sources: list[dict], steps: list[list[di
   parts = [{'name': 'reading', 'kind': '', 'parameters': {}}, *(_described(step) for step in recipe.steps),
            {'name': 'selection', 'kind': '', 'parameters': {'min_bytes': recipe.min_bytes,
                                                             'validation_fraction': recipe.validation_fraction}}]
-  names, documents = [source.name for source in recipe.sources], [unit['files'][0]['path'] for unit in units]
+  names = [source.name for source in recipe.sources]
+  documents = [shard['path'] for unit in units for shard in unit['shards']]
   stages = [_stage(part, records, names) for part, records in zip(parts, (units, *steps, selection), strict=True)]
   for stage, records in zip(stages[1:-1], steps):
     columns = pq.read_schema(root / records[0]['files'][0]['path']).names if records else []

@@ -8,7 +8,7 @@ import engine_parts
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import build, loader, shards, tokenizer, verdicts
+from data_pipeline import build, documents, loader, shards, tokenizer, verdicts
 from data_pipeline.dedup.exact import Exact
 from data_pipeline.recipe import Recipe
 from data_pipeline.runners import LocalRunner, RayRunner
@@ -35,8 +35,8 @@ def survived(tmp_path_factory):
 
 
 def documents_of(corpus: Path, source: str, folder: str = 'documents', column: str = 'text') -> list:
-  return [value for path in sorted((corpus / folder / source).glob('*'))
-          for value in pq.read_table(path)[column].to_pylist()]
+  paths = sorted((corpus / folder / source).glob('*'), key=lambda path: (path.stem[:14], len(path.stem), path.stem))
+  return [value for path in paths for value in pq.read_table(path)[column].to_pylist()]
 
 
 def test_a_document_that_crashes_or_hangs_its_parser_costs_itself_alone(survived):
@@ -66,6 +66,18 @@ def test_the_newest_of_equal_documents_is_kept(tmp_path):
   reasons = documents_of(corpus, 'hostile', 'verdicts/exact', 'reason')
   assert reasons == ['', '', *['duplicate'] * 5, '', 'duplicate']  # number 7 is the newest; of undated ones the first
   assert documents_of(corpus, 'hostile', 'verdicts/exact', 'of')[2:] == ['1:3'] * 5 + ['', '0:1']
+
+
+def test_a_large_input_becomes_several_shards_with_the_same_documents(tmp_path, monkeypatch):
+  recipe = corpora.recipe(corpora.write_files(tmp_path / 'text'))
+  whole = build.build(recipe, tmp_path / 'whole', workers=1)
+  monkeypatch.setattr(documents, '_BYTES_A_SHARD', 10_000)
+  parts = build.build(recipe, tmp_path / 'parts', workers=1)
+  assert documents_of(parts, 'web') == documents_of(whole, 'web')
+  assert len(list(parts.glob('documents/web/*'))) > 4
+  assert all(path.stat().st_size < 60_000 for path in parts.glob('documents/*/*'))
+  tokens = [loader.open_corpus(corpus, 32).tokens(source) for corpus in (whole, parts) for source in ('web', 'books')]
+  assert tokens[0] == pytest.approx(tokens[2], rel=0.02) and tokens[1] == pytest.approx(tokens[3], rel=0.02)
 
 
 def run_tasks(root: Path, times: int) -> list[dict]:

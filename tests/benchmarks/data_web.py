@@ -79,7 +79,7 @@ def measure(peer: str = '', packages=('python3.11-doc', 'postgresql-doc-15'), ro
     unit, = source.fetch(Path(folder))
     for i in range(rounds):
       started = time.process_time()
-      facts = documents.write_shard(Path(folder), f'd{i}', 'key', source, unit, f'web/{i}.parquet', Limits())
+      facts = documents.write_shards(Path(folder), f'd{i}', 'key', source, unit, f'web/{i}', Limits())
       times.append(time.process_time() - started + facts['facts']['nanoseconds'] / 1e9)
     rows = [_row('ours: archive to Parquet', n_pages, n_bytes, facts['bytes'], min(times))]
     if peer:
