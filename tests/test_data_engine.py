@@ -76,13 +76,14 @@ def test_a_large_input_becomes_several_shards_with_the_same_documents(tmp_path, 
   assert documents_of(parts, 'web') == documents_of(whole, 'web')
   assert len(list(parts.glob('documents/web/*'))) > 4
   assert all(path.stat().st_size < 60_000 for path in parts.glob('documents/*/*'))
-  tokens = [loader.open_corpus(corpus, 32).tokens(source) for corpus in (whole, parts) for source in ('web', 'books')]
+  tokens = [loader.open_corpus(root, 32).tokens(source) for root in (whole, parts) for source in ('web', 'books')]
   assert tokens[0] == pytest.approx(tokens[2], rel=0.02) and tokens[1] == pytest.approx(tokens[3], rel=0.02)
 
 
 def run_tasks(root: Path, times: int) -> list[dict]:
   with LocalRunner(2) as runner:
-    return Tasks(root, runner, lambda: None).run('test', engine_parts.die_once, [(f'task-{i}', 'key', times) for i in range(3)])
+    tasks = [(f'task-{i}', 'key', times) for i in range(3)]
+    return Tasks(root, runner, lambda: None).run('test', engine_parts.die_once, tasks)
 
 
 def test_what_a_killed_worker_was_at_is_done_by_another(tmp_path):
