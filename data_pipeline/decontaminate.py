@@ -315,16 +315,12 @@ def check(step: Decontaminate, target: str) -> dict:
 def _of_corpus(target: str) -> Iterator[tuple[list[str], list[str]]]:
   """(urls, texts) in batches: what becomes rows, with all edits."""
   root = pathlib.Path(target)
-  files = [pathlib.PurePosixPath(file['path']) for file in shards.read_manifest(root)['files']]
-  for path in files:
-    if path.parts[0] == 'documents':
-      judged = tuple(str(one) for one in files if one.parts[0] == 'verdicts' and one.parts[2:] == path.parts[1:])
-      urls = pq.read_table(root / path, columns=['url'])['url'].to_pylist()
-      chosen = pq.read_table(root / 'selection' / path.relative_to('documents'), columns=['verdict'])['verdict'].to_pylist()
-      shard = verdicts.Shard(source=path.parts[1], documents=str(path), rows=len(urls), hashes=(), verdicts=judged)
-      for rows, texts in verdicts.edited(root, shard):
-        kept = [i for i, row in enumerate(rows) if chosen[row] in (selection.TRAIN, selection.VALIDATION)]
-        yield [urls[rows[i]] for i in kept], [texts[i] for i in kept]
+  for shard in verdicts.of_corpus(root, shards.read_manifest(root)):
+    urls = pq.read_table(root / shard.documents, columns=['url'])['url'].to_pylist()
+    chosen = pq.read_table(root / 'selection' / shard.documents.partition('/')[2], columns=['verdict'])['verdict'].to_pylist()
+    for rows, texts in verdicts.edited(root, shard):
+      kept = [i for i, row in enumerate(rows) if chosen[row] in (selection.TRAIN, selection.VALIDATION)]
+      yield [urls[rows[i]] for i in kept], [texts[i] for i in kept]
 
 
 def _of_json_lines(pattern: str) -> Iterator[tuple[list[str], list[str]]]:

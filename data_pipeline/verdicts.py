@@ -39,6 +39,17 @@ class Shard:
     return dataclasses.replace(self, hashes=(*self.hashes, file['xxh3']), verdicts=(*self.verdicts, file['path']))
 
 
+def of_corpus(root: pathlib.Path, manifest: dict) -> list[Shard]:
+  """The shards of a finished corpus, with what all steps have said of them."""
+  hashes, said = {file['path']: file['xxh3'] for file in manifest['files']}, {}
+  for path in hashes:  # in the order of the steps
+    if path.startswith('verdicts/'):
+      said.setdefault(path.split('/', 2)[2], []).append(path)
+  return [Shard(source=path.split('/')[1], documents=path, rows=pq.read_metadata(root / path).num_rows, hashes=(digest,),
+                verdicts=tuple(said.get(path.partition('/')[2], ())))
+          for path, digest in hashes.items() if path.startswith('documents/')]
+
+
 def reasons(root: pathlib.Path, shard: Shard) -> np.ndarray:
   """object [rows] of str: '' for each document that is kept so far."""
   if not shard.verdicts:

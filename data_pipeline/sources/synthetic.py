@@ -197,15 +197,7 @@ def _manifest(root: pathlib.Path) -> dict:
 def _shards(root: pathlib.Path) -> tuple[list[verdicts.Shard], set[str]]:
   """The documents of a finished corpus with all that was said of them, and the sources that are conversations."""
   manifest = _manifest(root)
-  files = {file['path']: file['xxh3'] for file in manifest['files']}
-  said = {}
-  for path in files:  # in the order of the steps
-    if path.startswith('verdicts/'):
-      said.setdefault(path.split('/', 2)[2], []).append(path)
-  found = [verdicts.Shard(path.split('/')[1], path, pq.read_metadata(root / path).num_rows, (digest,),
-                          tuple(said.get(path.partition('/')[2], ()))) for path, digest in files.items()
-           if path.startswith('documents/')]
-  return found, {rows['of'] for rows in manifest['rows'] if rows['masked']}
+  return verdicts.of_corpus(root, manifest), {rows['of'] for rows in manifest['rows'] if rows['masked']}
 
 
 def _pieces(text: str, characters: int) -> Iterator[str]:
