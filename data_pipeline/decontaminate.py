@@ -317,7 +317,8 @@ def _of_corpus(target: str) -> Iterator[tuple[list[str], list[str]]]:
   root = pathlib.Path(target)
   for shard in verdicts.of_corpus(root, shards.read_manifest(root)):
     urls = pq.read_table(root / shard.documents, columns=['url'])['url'].to_pylist()
-    chosen = pq.read_table(root / 'selection' / shard.documents.partition('/')[2], columns=['verdict'])['verdict'].to_pylist()
+    chosen = pq.read_table(root / 'selection' / shard.documents.partition('/')[2], columns=['verdict'])
+    chosen = chosen['verdict'].to_pylist()
     for rows, texts in verdicts.edited(root, shard):
       kept = [i for i, row in enumerate(rows) if chosen[row] in (selection.TRAIN, selection.VALIDATION)]
       yield [urls[rows[i]] for i in kept], [texts[i] for i in kept]
