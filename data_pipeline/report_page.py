@@ -285,7 +285,8 @@ def _clusters(found: dict | None) -> str:
   lines = ''.join(f'<li><b>{one["documents"]:,}</b> documents: kept <cite><bdi>{_text(one["kept"])}</bdi></cite>'
                   + ''.join(f'<br><small>left out <bdi>{_text(url)}</bdi></small>' for url in one['left_out']) + '</li>'
                   for one in found['biggest'])
-  chart = _bars(f'<b>documents in a cluster</b>, {found["clusters"]:,} clusters{about}', sizes)
+  many = f'{found["clusters"]:,} cluster{"s" * (found["clusters"] != 1)}{about}'
+  chart = _bars(f'<b>documents in a cluster</b>, {many}', sizes)
   return (f'<div class="grid">{chart}</div><details><summary>The biggest clusters</summary><ul class="samples">{lines}</ul>'
           '</details>')
 

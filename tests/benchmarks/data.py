@@ -1,7 +1,7 @@
 """All rates of the data pipeline that issue 3 names, with their targets, in one run.
 
     PYTHONPATH=. python tests/benchmarks/data.py [--peer=VENV/bin/python] [--packages=python3.11-doc,linux-doc-6.1]
-      [--pdfs=erlang-doc] [--only=web,filters,dedup,pdf,tokens,packing,cores] [--rounds=3]
+      [--pdfs=erlang-doc] [--only=cores,web,filters,dedup,pdf,tokens,packing] [--rounds=3]
 
 Debian packages are the text. First a corpus is built of their pages; then each part is measured on it: CPU seconds of one
 core, the best of the rounds, since they vary less than seconds on a busy machine. "cores" are the seconds that the same
@@ -30,7 +30,7 @@ from data_pipeline.sources.debian import DebianPackage
 from data_pipeline.sources.pdf import DebianPdfs
 from tests.benchmarks import data_dedup, data_filters, data_web
 
-SEQ_LEN, PARTS = 2048, 16
+SEQ_LEN, PARTS = 2048, 8
 RECIPE = """
 from data_pipeline.dedup.exact import Exact
 from data_pipeline.dedup.fuzzy import Fuzzy
@@ -140,7 +140,7 @@ def packing(corpus, arguments) -> list[tuple]:
 
 
 def run_build(folder: Path, name: str, cores: set[int]) -> tuple[float, float]:
-  """(seconds, GB of the largest process)."""
+  """(seconds, GB that the process takes)."""
   tokenizer_of = [f'--tokenizer={folder / "corpus"}'] * (name != 'corpus')
   started = time.monotonic()
   with open(folder / 'log', 'w') as log:
@@ -153,20 +153,20 @@ def run_build(folder: Path, name: str, cores: set[int]) -> tuple[float, float]:
 
 
 def cores(corpus, arguments) -> list[tuple]:
-  every, times, largest = sorted(arguments.cores), {1: [], 2: []}, 0
+  every, times, memory = sorted(arguments.cores), {1: [], 2: []}, 0
   for _ in range(arguments.rounds):
     for n in times:
       seconds, gigabytes = run_build(corpus.parent, 'again', set(every[:n]))
       times[n].append(seconds)
-      largest = max(largest, gigabytes)
+      memory = max(memory, gigabytes) if n == 1 else memory  # where all but the sandbox is one process
       shutil.rmtree(corpus.parent / 'again')
   one, two = (min(of) for of in times.values())
   return [('the same build, two cores against one', one / two, 'times', 1.8, f'{one:.1f} s, {two:.1f} s'),
-          ('its largest process', largest, 'GB', None, '')]
+          ('memory of that on one core', memory, 'GB', None, '')]
 
 
 def main() -> None:
-  parts = (web, filters, dedup, pdf, tokens, packing, cores)
+  parts = (cores, web, filters, dedup, pdf, tokens, packing)  # cores first: a process is said to take what its parent has
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--peer', default='', help='a Python with warcio, trafilatura and datasketch')
   parser.add_argument('--packages', default='python3.11-doc,linux-doc-6.1')
