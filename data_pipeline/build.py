@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-if __name__ == '__main__' and not all(map(importlib.util.find_spec, ('numba', 'pyarrow', 'resiliparse', 'tqdm', 'xxhash'))):
+if __name__ == '__main__' and None in map(importlib.util.find_spec, ('numba', 'pyarrow', 'resiliparse', 'tiktoken', 'tqdm')):
   sys.exit("error: building a corpus needs the data extra: pip install -e '.[data]' (training on one does not)")
 
 from data_pipeline import chat, documents, pack, report, report_page, rows, sandbox, selection, shards, tokenizer, verdicts
@@ -164,8 +164,7 @@ class _Build:
       tasks.append((f'selection-{i:05d}', shards.key_of(shard.documents, shard.hashes, how, code), shard, *how))
     records = self.tasks.run('selection', selection.write_shard, tasks)
     counts = _verdicts([record['counts'] for record in records])
-    _say(f'3 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out; shortest '
-         f'{recipe.min_bytes} bytes')
+    _say(f'3 selection\n    {counts["train"]:,} documents to train on, {counts["validation"]:,} held out')
     _say_removed(records)
     if not counts['train']:
       raise ValueError(f'recipe {recipe.name}: no document is left to train on: see {self.root / "selection"}')

@@ -206,16 +206,19 @@ def _fates(sources: dict, stages: list[dict]) -> str:
                 f'{pieces}</div>')
     text = mine['train']['text_bytes'] + mine['validation']['text_bytes']
     cut = f'<small>−{_share(of[-1]["bytes_kept"] - text, of[-1]["bytes_kept"])}</small>' * (text < of[-1]['bytes_kept'])
-    rows.append([_text(name), f'{come:,}', *(_funnel_cell(one) for one in of), f'{amounts[1]:,}', _bytes(text) + cut,
-                 _short(mine['train']['tokens'])])
+    left = [_funnel_cell(one, stage, name) for one, stage in zip(of, stages)]
+    rows.append([_text(name), f'{come:,}', *left, f'{amounts[1]:,}', _bytes(text) + cut, _short(mine['train']['tokens'])])
   keys = ''.join(f'<li><i class="{kind}"></i>{_text(what)}</li>' for kind, what in kinds)
   head = ['source', 'come in', *(_text(stage['name']) for stage in stages), 'held out', 'text', 'tokens']
   return (f'<section><h2>From source to corpus</h2><ul class="legend">{keys}</ul><div class="fate">{"".join(bars)}</div>'
-          + _table(head, rows, 'Documents that are left after each stage, and the share that it leaves out; of these, those '
-                   'held out; text, and the share of it that steps cut out; tokens to train on') + '</section>')
+          + _table(head, rows, 'Documents that are left after each stage (a point: it does not judge them), and the share that '
+                   'it leaves out; of these, those held out; text, and the share of it that steps cut out; tokens to train on')
+          + '</section>')
 
 
-def _funnel_cell(mine: dict) -> str:
+def _funnel_cell(mine: dict, stage: dict, source: str) -> str:
+  if source not in (stage['parameters'].get('sources') or [source]):
+    return '·'  # the step does not judge it
   lost, come = mine['documents'] - mine['kept'], mine['documents']
   kind = ' class="bad"' * (lost > ALARM * come)
   return f'{mine["kept"]:,}' + f'<small{kind}>−{_share(lost, come)}</small>' * bool(lost)

@@ -1,8 +1,10 @@
 """The last stage: a shard of documents -> packed rows of one length, a shard for each split and part of the source."""
 
+import functools
 import pathlib
 
 import numpy as np
+import tokenizers
 
 from data_pipeline import chat, pack, selection, shards, tokenizer, verdicts
 
@@ -17,10 +19,9 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, shard: verdicts
   rows, its name, the number of rows and documents, positions that are filled, tokens (targets that are trained on), bytes of
   the text those stand for. record['dropped']: conversations that become no rows, by split and reason.
   """
-  encoder = tokenizer.load(root / 'tokenizer.json')
-  sizes = tokenizer.token_bytes(encoder)
-  dtype = pack.token_dtype(len(sizes))
   tokenizer_sha256, files, written, dropped = shards.sha256_file(root / 'tokenizer.json'), [], [], {}
+  encoder, sizes = _vocabulary(root / 'tokenizer.json', tokenizer_sha256)
+  dtype = pack.token_dtype(len(sizes))
   for split in (selection.TRAIN, selection.VALIDATION):
     chosen = list(selection.read_split(root, shard, split))
     texts, buckets = [text for text, _ in chosen], [bucket for _, bucket in chosen]
@@ -44,6 +45,13 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, shard: verdicts
                       'masked': chats is not None, 'tokenizer_sha256': tokenizer_sha256})
   return shards.write_record(root, record_name, key, files, source=shard.source, seq_len=seq_len, shards=written,
                              dropped=dropped)
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(path: pathlib.Path, sha256: str) -> tuple[tokenizers.Tokenizer, np.ndarray]:
+  """(tokenizer, bytes of each token), made once a process: a large one takes a quarter of a second."""
+  encoder = tokenizer.load(path)
+  return encoder, tokenizer.token_bytes(encoder)
 
 
 def _part(source: str, bucket: str, n_tokens: int, length_buckets: tuple[int, ...]) -> str:

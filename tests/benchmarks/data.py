@@ -1,4 +1,4 @@
-"""All rates of the data pipeline that issue 3 names, with their targets, in one run.
+"""All rates of the data pipeline, with their targets, in one run.
 
     PYTHONPATH=. python tests/benchmarks/data.py [--peer=VENV/bin/python] [--packages=python3.11-doc,linux-doc-6.1]
       [--pdfs=erlang-doc] [--only=cores,web,filters,dedup,pdf,tokens,packing] [--rounds=3]
