@@ -211,8 +211,9 @@ def _fates(sources: dict, stages: list[dict]) -> str:
   keys = ''.join(f'<li><i class="{kind}"></i>{_text(what)}</li>' for kind, what in kinds)
   head = ['source', 'come in', *(_text(stage['name']) for stage in stages), 'held out', 'text', 'tokens']
   return (f'<section><h2>From source to corpus</h2><ul class="legend">{keys}</ul><div class="fate">{"".join(bars)}</div>'
-          + _table(head, rows, 'Documents that are left after each stage (a point: it does not judge them), and the share that '
-                   'it leaves out; of these, those held out; text, and the share of it that steps cut out; tokens to train on')
+          + _table(head, rows, 'Documents that are left after each stage (a point: it does not judge them), and the share '
+                   'that it leaves out; of these, those held out; text, and the share of it that steps cut out; tokens to '
+                   'train on')
           + '</section>')
 
 
