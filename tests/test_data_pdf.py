@@ -448,7 +448,7 @@ def test_a_corpus_of_pdfs_is_the_same_for_one_worker_and_two(tmp_path):
     pdfs.prose(i)[1] + '\n\n' + pdfs.two_columns(i)[1] for i in range(4)]
   assert [row['reason'] for row in read('rejects/pdf/*')] == ['encrypted', 'not a PDF that can be read']
   document, = read('documents/scans/*')
-  assert pdfs.error_rate(document['text'], pdfs.prose(0)[1]) < 0.01 and document['url'].endswith('0.pdf#scanned')
+  assert pdfs.error_rate(document['text'], pdfs.two_columns(0)[1]) < 0.01 and document['url'].endswith('0.pdf#scanned')
 
 
 # -- real PDFs, of Debian packages

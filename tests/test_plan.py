@@ -85,7 +85,8 @@ def test_a_tiny_config_is_planned_from_the_command_line(tmp_path):
   out = subprocess.run(
     [sys.executable, '-m', 'maxlm.plan', '--config=configs/tiny.py', '--topology=v5e:2x2', '--config.model.n_layers=1',
      '--config.data.seq_len=128', '--price=2', f'--json={tmp_path}/plan.json', f'--plot={tmp_path}/plan.html',
-     f'--hlo={tmp_path}/plan.hlo'], cwd=ROOT, capture_output=True, text=True, timeout=500)
+     f'--hlo={tmp_path}/plan.hlo'], cwd=ROOT, capture_output=True, text=True, timeout=500,
+    env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': f'{tmp_path}/cache'})
   assert out.returncode == 0, out.stderr
   assert all(len(line) <= 100 for line in out.stdout.splitlines())
   assert 'compiler-estimated' in out.stdout and 'measured' not in out.stdout.replace('nothing was measured', '')

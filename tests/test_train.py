@@ -222,7 +222,7 @@ def get_recipe():
                 validation_fraction=0.1, min_bytes=1)
 """)
   process = start(tmp_path / 'corpus', tmp_path / 'run', f'--config.data.recipe={tmp_path}/recipe.py')
-  wait_until(lambda: '1/4 documents' in said(process), process)
+  wait_until(lambda: '1 documents' in said(process), process)
   process.terminate()
   assert process.wait(30) == train.EXIT_PREEMPTED, said(process)
   with open(tmp_path / 'corpus' / 'build' / 'lock') as lock:  # nobody holds it any more
@@ -472,7 +472,8 @@ def test_a_full_disk_is_one_line_and_a_rerun_ends_with_the_same_bits(reference, 
     if code in (1, 99):
       pytest.skip('this machine lets no user mount a small disk')
     assert code == 2 and 'Traceback' not in said(process), said(process)
-    return said(process).splitlines()[-1], kept / 'run'
+    last = [line for line in said(process).splitlines() if not line.startswith('WARNING:absl')][-1]  # of Orbax's threads
+    return last, kept / 'run'
 
   line, run = on_a_disk_of('16k')
   assert line.startswith(f'error: cannot write to {tmp_path}/disk-16k/run (No space left on device)')
