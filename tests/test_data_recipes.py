@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from data_pipeline.runners import RayRunner
 ROOT = Path(__file__).parents[1]
 SOURCES = ('web', 'pdf', 'scans', 'synthetic')
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(shutil.which('tesseract') is None, reason='needs tesseract: apt-get install tesseract-ocr')]
 
 
 @pytest.fixture(scope='module')
