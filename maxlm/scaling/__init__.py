@@ -1,0 +1,1 @@
+"""Scaling laws: fits of the runs of a sweep, forecasts, and their grades (docs/scaling.md)."""
