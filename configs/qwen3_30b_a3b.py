@@ -23,14 +23,18 @@ from maxlm.models.decoder import ComputeConfig, DecoderConfig, LayerSpec
 from maxlm.optim import OptimConfig
 
 
-def get_config(arg: str = '') -> Experiment:
-  layer = LayerSpec(mixer=AttentionSpec(n_heads=32, n_kv_heads=4, head_dim=128, rope=RopeSpec(theta=1_000_000.0),
-                                        qk_norm='head'),
+def decoder(theta: float) -> DecoderConfig:
+  """theta: the base of the rotary positions, which is higher where rows are long."""
+  layer = LayerSpec(mixer=AttentionSpec(n_heads=32, n_kv_heads=4, head_dim=128, rope=RopeSpec(theta=theta), qk_norm='head'),
                     mlp=MoeSpec(n_experts=128, k=8, experts=MlpSpec(d_ff=768)))
+  return DecoderConfig(vocab_size=151_936, d_model=2048, n_layers=48, pattern=(layer,), norm=NormSpec(cast='before'))
+
+
+def get_config(arg: str = '') -> Experiment:
   return Experiment(
     name='qwen3_30b_a3b',
     pod='v5p:4x4x4',
-    model=DecoderConfig(vocab_size=151_936, d_model=2048, n_layers=48, pattern=(layer,), norm=NormSpec(cast='before')),
+    model=decoder(theta=1_000_000.0),
     compute=ComputeConfig(remat='attention'),
     data=DataConfig(corpus='corpora/qwen3_30b_a3b', seq_len=4096, batch_size=512),
     microbatches=2,

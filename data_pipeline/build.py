@@ -108,7 +108,7 @@ class _Build:
     """The first stage: a record a source, with its units (shards of documents). Nothing is fetched for what is recorded."""
     _say('1 documents')
     started, tasks = time.monotonic(), []
-    keys = {source.name: _source_key(source, self.recipe) for source in self.recipe.sources}
+    keys = {source.name: _source_key(source) for source in self.recipe.sources}
     missing = [source for source in self.recipe.sources
                if self.tasks.recorded(f'documents-{source.name}', keys[source.name]) is None]
     with _scratch(self.root) as scratch:
@@ -117,7 +117,7 @@ class _Build:
         for i, unit in enumerate(inputs):
           name = f'{source.name}/{i:05d}-of-{len(inputs):05d}'
           key = shards.key_of(keys[source.name], name, unit.lineage)
-          tasks.append((f'documents-{source.name}-{i:05d}', key, source, unit, name, self.recipe.limits))
+          tasks.append((f'documents-{source.name}-{i:05d}', key, source, unit, name))
       written = self.tasks.run('documents', documents.write_shards, tasks, lasting=False)
     for source in missing:
       units = [record for record in written if record['source'] == source.name]
@@ -261,7 +261,7 @@ def _corpus_key(recipe: Recipe) -> str:
   """What decides a corpus but for its row lengths, which can be added, and the fallback, which is a corpus of its own."""
   facts = shards.describe(dataclasses.replace(recipe, seq_lens=(), fallback=None, tokenizer=''))
   given = _tokenizer_key(recipe.tokenizer) if recipe.tokenizer else None
-  return shards.key_of(facts, given, [_source_key(source, recipe) for source in recipe.sources],
+  return shards.key_of(facts, given, [_source_key(source) for source in recipe.sources],
                        [step.state() for step in recipe.steps], _code_version())
 
 
@@ -275,9 +275,10 @@ def _tokenizer_key(given: str) -> str:
   return shards.key_of(shards.sha256_file(file), facts)
 
 
-def _source_key(source, recipe: Recipe) -> str:
+def _source_key(source) -> str:
   modules = [documents, sandbox, text, sys.modules[type(source).__module__], *([chat] if hasattr(source, 'chats') else [])]
-  return shards.key_of(shards.describe(source), source.state(), shards.describe(recipe.limits), shards.code_of(*modules))
+  return shards.key_of(shards.describe(source), source.state(), shards.describe(documents.limits_of(source)),
+                       shards.code_of(*modules))
 
 
 def _hashes(records: list[dict]) -> list[str]:

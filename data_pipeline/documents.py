@@ -26,13 +26,15 @@ _REJECTS = pa.schema([('url', pa.string()), ('reason', pa.string()), ('bytes', p
 _ROWS_A_GROUP, _BYTES_A_GROUP, _BYTES_A_SHARD = 1000, 64 << 20, 128 << 20  # of text
 
 
-def write_shards(root: pathlib.Path, record_name: str, key: str, source: Source, unit: Input, name: str,
-                 limits: Limits) -> dict:
+def limits_of(source: Source) -> Limits:
+  return getattr(source, 'limits', Limits())
+
+
+def write_shards(root: pathlib.Path, record_name: str, key: str, source: Source, unit: Input, name: str) -> dict:
   """Reads one input and commits its documents as documents/<name>.parquet, of more than `_BYTES_A_SHARD` as several files;
   returns the record. Runs in a worker."""
-  limits = getattr(source, 'limits', limits)
   counts, lengths, removed, rejects, n_bytes = collections.Counter(), collections.Counter(), {}, [], 0
-  with _Writer(root / 'documents', name) as writer, Sandbox(source, limits) as sandbox:
+  with _Writer(root / 'documents', name) as writer, Sandbox(source, limits_of(source)) as sandbox:
     for raw in source.read(unit):
       try:
         text, found = _text_of(raw, sandbox, hasattr(source, 'chats'))

@@ -132,6 +132,17 @@ class _Table:
       return self._readers[shard]
 
 
+def check(corpus: Corpus, schedule: MixtureSchedule, split: str = 'train') -> None:
+  """ValueError for a mixture that the corpus cannot give."""
+  unknown = [name for name in schedule.sources if name not in corpus.sources]
+  if unknown:
+    raise ValueError(f'the mixture names {", ".join(unknown)}, which the corpus at {corpus.directory} does not have: '
+                     f'it has {", ".join(corpus.sources)}')
+  for name in schedule.sources:
+    if not corpus.rows(name, split) and schedule.draws(name):
+      raise ValueError(f'the mixture draws from {name}, whose {split} split has no rows in {corpus.directory}')
+
+
 class _HostBatches:
   """A host's batches by index: what Grain calls a random-access data source."""
 
@@ -141,14 +152,8 @@ class _HostBatches:
       raise ValueError(f'batch_size={batch_size} must be at least 1')
     if cursor < 0:
       raise ValueError(f'cursor={cursor}: the next global row is 0 or more')
-    unknown = [name for name in schedule.sources if name not in corpus.sources]
-    if unknown:
-      raise ValueError(f'the mixture names {", ".join(unknown)}, which the corpus at {corpus.directory} does not have: '
-                       f'it has {", ".join(corpus.sources)}')
+    check(corpus, schedule, split)
     self._tables = [corpus.table(name, split) for name in schedule.sources]
-    for name, table in zip(schedule.sources, self._tables):
-      if not table.n_rows and schedule.draws(name):
-        raise ValueError(f'the mixture draws from {name}, whose {split} split has no rows in {corpus.directory}')
     self._schedule, self._cursor, self._batch_size = schedule, cursor, batch_size
     self._part = _part_of(batch_size, part)
     self._n_rows = np.array([max(table.n_rows, 1) for table in self._tables], np.int64)
@@ -229,9 +234,11 @@ def batch_at(corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size
   return _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=0, part=None, split=split)[step]
 
 
-def row_ids(corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size: int, step: int) -> list[dict]:
-  """Where the rows of batch `step` come from: a record each of its source, its epoch, and its row in the source's shards."""
-  batches = _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=0, part=None, split='train')
+def row_ids(corpus: Corpus, schedule: MixtureSchedule, *, seed: int, batch_size: int, step: int,
+            cursor: int = 0) -> list[dict]:
+  """Where the rows of batch `step` after a cursor come from: a record each of its source, its epoch, and its row in the
+  source's shards."""
+  batches = _HostBatches(corpus, schedule, seed=seed, batch_size=batch_size, cursor=cursor, part=None, split='train')
   return [{'source': schedule.sources[source], 'epoch': int(epoch), 'row': int(row)}
           for source, epoch, row in zip(*batches.places(step))]
 

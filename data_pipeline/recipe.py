@@ -62,8 +62,8 @@ class Source(Protocol):
   """Where documents come from: a frozen dataclass, so that its fields enter the recipe's hash.
 
   A source of bytes has a method more, `extract(raw: Raw) -> tuple[str, dict[str, int]]`: the text and what is to be counted
-  ({'pages': 3}), or Reject. It runs in a process of its own under `limits` (a `Limits`; a member of the source where its
-  documents need more): what crashes or hangs there costs one document. A source of conversations has a member `chats`, a
+  ({'pages': 3}), or Reject. It runs in a process of its own under the source's `limits` (a member, a `Limits`; without it
+  the defaults): what crashes or hangs there costs one document. A source of conversations has a member `chats`, a
   `chat.ChatFormat`: its documents are those of `chat.canonical`.
   """
 
@@ -100,10 +100,9 @@ class Recipe:
   vocab_size: int  # of the byte-level BPE trained on the training split; a small corpus may give fewer
   tokenizer: str = ''  # used instead of training one: a tokenizer.json, or the folder it is in, such as a run's workdir
   seq_lens: tuple[int, ...]  # row lengths to pack; each is a folder of the corpus
-  length_buckets: tuple[int, ...] = ()  # documents of so many tokens or more are sources of their own: web, web.8192
+  length_buckets: tuple[int, ...] = ()  # texts of so many tokens or more are sources of their own: web, web.8192
   validation_fraction: float  # of documents, chosen by a hash of their text
   min_bytes: int  # shorter documents (utf-8) are dropped
-  limits: Limits = Limits()
   fallback: 'Recipe | None' = None  # built instead, with a notice, on a machine where a source is unavailable
 
   def with_tokenizer(self, path: str) -> 'Recipe':
@@ -131,6 +130,9 @@ class Recipe:
       raise ValueError(f'recipe {self.name}: a step judges the source {unknown[0]!r}, and there are {", ".join(names)}')
     if any(a >= b for a, b in zip((1, *self.length_buckets), self.length_buckets)):
       raise ValueError(f'recipe {self.name}: length_buckets={self.length_buckets} must be ascending numbers of tokens')
+    if self.length_buckets and (chats := [source.name for source in self.sources if hasattr(source, 'chats')]):
+      raise ValueError(f'recipe {self.name}: length_buckets={self.length_buckets} are of texts, and {chats[0]} has '
+                       'conversations: give it a recipe of its own, or leave out length_buckets')
     if self.fallback is not None:
       self.fallback.validate()
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import report_page, shards
+from data_pipeline import report_page, shards, verdicts
 from data_pipeline import selection as chosen
 
 _SAMPLES = 5  # of what is left out, for each reason, source and stage
@@ -60,7 +60,8 @@ def figures(root: pathlib.Path, recipe, sources: list[dict], steps: list[list[di
   packed, not_in_rows = _packed(rows), {}
   for record in rows:
     for reasons in record['dropped'].values():
-      add_up(not_in_rows, {str(record['seq_len']): {record['source']: dict(sorted(reasons.items()))}} if reasons else {})
+      more = {str(record['seq_len']): {record['source']: dict(sorted(reasons.items()))}} if reasons else {}
+      verdicts.add_up(not_in_rows, more)
   return {'recipe': recipe.name, 'alarms': list(_alarms(stages)),
           'sources': {name: _source(name, units, selection, packed) for name in names},
           'stages': stages, 'rows': packed, 'not_in_rows': not_in_rows}
@@ -83,9 +84,9 @@ def _stage(part: dict, records: list[dict], names: list[str]) -> dict:
     mine['kept'] += record['documents'] - (not reading) * gone['documents']
     mine['bytes'] += record['bytes'] + reading * gone['bytes']
     mine['bytes_kept'] += record['bytes'] - (not reading) * gone['bytes']
-    add_up(mine['facts'], record.get('facts', {}))
+    verdicts.add_up(mine['facts'], record.get('facts', {}))
     for reason, of in record['removed'].items():
-      add_up(mine['removed'].setdefault(reason, {}), {fact: of[fact] for fact in ('documents', 'bytes')})
+      verdicts.add_up(mine['removed'].setdefault(reason, {}), {fact: of[fact] for fact in ('documents', 'bytes')})
       samples[record['source'], reason].append(of['samples'])
   for (source, reason), lists in samples.items():  # of as many shards as there are
     one_each = [some[i] for i in range(max(map(len, lists))) for some in lists if i < len(some)]
@@ -93,17 +94,8 @@ def _stage(part: dict, records: list[dict], names: list[str]) -> dict:
   facts = {}
   for mine in of_sources.values():
     mine['removed'] = dict(sorted(mine['removed'].items(), key=lambda item: (-item[1]['documents'], item[0])))
-    add_up(facts, mine['facts'])
+    verdicts.add_up(facts, mine['facts'])
   return {**part, 'sources': of_sources, 'facts': facts}
-
-
-def add_up(total: dict, more: dict) -> None:
-  """Adds numbers, and those of dicts inside, to those of the same names."""
-  for name, value in more.items():
-    if isinstance(value, dict):
-      add_up(total.setdefault(name, {}), value)
-    else:
-      total[name] = total.get(name, 0) + value
 
 
 def _alarms(stages: list[dict]) -> Iterator[dict]:
@@ -123,7 +115,7 @@ def _source(name: str, units: list[dict], selection: list[dict], packed: list[di
   mine, lengths, splits = [record for record in selection if record['source'] == name], {'read': {}, 'kept': {}}, {}
   for what, records in (('read', [unit for unit in units if unit['source'] == name]), ('kept', mine)):
     for record in records:
-      add_up(lengths[what], {int(k): n for k, n in record['lengths'].items()})
+      verdicts.add_up(lengths[what], {int(k): n for k, n in record['lengths'].items()})
     lengths[what] = dict(sorted(lengths[what].items()))
   for split in (chosen.TRAIN, chosen.VALIDATION):
     splits[split] = {'documents': sum(record['counts'].get(split, 0) for record in mine),
@@ -140,7 +132,7 @@ def _packed(rows: list[dict]) -> list[dict]:
     which = {name: shard[name] for name in ('seq_len', 'of', 'source', 'split')}
     mine = found.setdefault(tuple(which.values()), {**which, **dict.fromkeys(
       ('documents', 'rows', 'positions', 'tokens', 'text_bytes'), 0)})
-    add_up(mine, {name: shard[name] for name in ('documents', 'rows', 'positions', 'tokens', 'text_bytes')})
+    verdicts.add_up(mine, {name: shard[name] for name in ('documents', 'rows', 'positions', 'tokens', 'text_bytes')})
   return sorted(found.values(), key=lambda one: (one['seq_len'], one['of'], one['source'], one['split']))
 
 
@@ -204,7 +196,7 @@ def _hits(root: pathlib.Path, records: list[dict], documents: list[str]) -> dict
       column = pq.read_table(root / record['files'][0]['path'], columns=['hits'])['hits'].to_pylist()
       found = [(row, hit) for row, hits in enumerate(column) for hit in hits or ()]
       for _, hit in found:
-        add_up(items, {hit['file']: {hit['item']: 1}})
+        verdicts.add_up(items, {hit['file']: {hit['item']: 1}})
       surest = heapq.nsmallest(_HITS, [*surest, *((-round(hit['score'], 4), i, row, hit['file'], hit['item'], hit['excerpt'])
                                                   for row, hit in found)])
   urls = _urls(root, documents, [(i << 32) + row for _, i, row, *_ in surest])

@@ -17,10 +17,11 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, shard: verdicts
   becomes of long ones (`chat.ChatFormat`). length_buckets: documents of so many tokens or more, and fewer than the next
   number, are a part of their own; so are those of each bucket of quality. record['shards']: of each split and part that has
   rows, its name, the number of rows and documents, positions that are filled, tokens (targets that are trained on), bytes of
-  the text those stand for. record['dropped']: conversations that become no rows, by split and reason.
+  the text those stand for, special tokens within documents (of texts none: what spells one is plain text).
+  record['dropped']: conversations that become no rows, by split and reason.
   """
   tokenizer_sha256, files, written, dropped = shards.sha256_file(root / 'tokenizer.json'), [], [], {}
-  encoder, sizes = _vocabulary(root / 'tokenizer.json', tokenizer_sha256)
+  encoder, sizes, special = _vocabulary(root / 'tokenizer.json', tokenizer_sha256)
   dtype = pack.token_dtype(len(sizes))
   for split in (selection.TRAIN, selection.VALIDATION):
     chosen = list(selection.read_split(root, shard, split))
@@ -29,6 +30,11 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, shard: verdicts
       begin, end = np.array([[bos], [eot]], np.int32)
       streams, counts = [np.concatenate((begin, tokens, end)) for tokens in tokenizer.encode(encoder, texts)], None
       parts = [_part(shard.source, bucket, len(stream) - 2, length_buckets) for bucket, stream in zip(buckets, streams)]
+      for stream in streams:
+        if len(found := np.intersect1d(stream[1:-1], special)):
+          token = encoder.id_to_token(int(found[0]))
+          raise ValueError(f'source {shard.source}: this tokenizer makes the special token {token} of plain text: take that '
+                           'out of the texts with a filter, or use another tokenizer')
     else:
       template, too_long = chats
       template = chat.Template(template, *(encoder.id_to_token(token) for token in (bos, eot)))
@@ -41,17 +47,19 @@ def write_shards(root: pathlib.Path, record_name: str, key: str, shard: verdicts
       entry = _write_part(root, path, [streams[i] for i in mine], None if counts is None else [counts[i] for i in mine],
                           seq_len, dtype, sizes)
       files.append({name: entry[name] for name in ('path', 'bytes', 'xxh3')})
-      written.append({**entry, 'source': part, 'of': shard.source, 'split': split, 'seq_len': seq_len,
-                      'masked': chats is not None, 'tokenizer_sha256': tokenizer_sha256})
+      within = sum(int(np.isin(streams[i][1:-1], special).sum()) for i in mine)
+      written.append({**entry, 'special_tokens': within, 'source': part, 'of': shard.source, 'split': split,
+                      'seq_len': seq_len, 'masked': chats is not None, 'tokenizer_sha256': tokenizer_sha256})
   return shards.write_record(root, record_name, key, files, source=shard.source, seq_len=seq_len, shards=written,
                              dropped=dropped)
 
 
 @functools.lru_cache(maxsize=1)
-def _vocabulary(path: pathlib.Path, sha256: str) -> tuple[tokenizers.Tokenizer, np.ndarray]:
-  """(tokenizer, bytes of each token), made once a process: a large one takes a quarter of a second."""
+def _vocabulary(path: pathlib.Path, sha256: str) -> tuple[tokenizers.Tokenizer, np.ndarray, np.ndarray]:
+  """(tokenizer, bytes of each token, ids of special tokens), made once a process: large ones take a quarter second."""
   encoder = tokenizer.load(path)
-  return encoder, tokenizer.token_bytes(encoder)
+  special = [index for index, token in encoder.get_added_tokens_decoder().items() if token.special]
+  return encoder, tokenizer.token_bytes(encoder), np.array(special, np.int32)
 
 
 def _part(source: str, bucket: str, n_tokens: int, length_buckets: tuple[int, ...]) -> str:

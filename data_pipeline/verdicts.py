@@ -148,3 +148,12 @@ def _show(documents: pathlib.Path, removed: dict) -> None:
     first += len(batch)
   for of_reason in removed.values():
     of_reason['samples'] = [shown[row] for row in of_reason['samples']]
+
+
+def add_up(total: dict, more: dict) -> None:
+  """Adds numbers, and those of dicts inside, to those of the same names."""
+  for name, value in more.items():
+    if isinstance(value, dict):
+      add_up(total.setdefault(name, {}), value)
+    else:
+      total[name] = total.get(name, 0) + value

@@ -26,6 +26,7 @@ import os
 import shutil
 import subprocess
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,15 @@ class Checkpoints:
   """The checkpoints in a directory. Every process of the job makes the same calls, from its main thread."""
 
   def __init__(self, directory: str | Path, *, keep_last: int = 3, keep_every: int | None = None,
-               transfer_bytes: int | None = None):
-    """transfer_bytes: a save takes so much off the devices at a time, and returns when all is off (None: all at once)."""
+               keep_steps: Iterable[int] = (), transfer_bytes: int | None = None):
+    """keep_steps: are kept too. transfer_bytes: a save takes so much off the devices at a time, and returns when all is off
+    (None: all at once)."""
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
       raise ValueError(f'checkpoint.keep_last={keep_last} and keep_every={keep_every}: they are at least 1')
     path = epath.Path(directory)
     self.directory = path if '://' in str(path) else path.absolute()  # Orbax refuses relative ones
     self._keep_last, self._keep_every, self._transfer_bytes = keep_last, keep_every, transfer_bytes
+    self._keep_steps = frozenset(keep_steps)
     self._checkpointer = None  # Orbax's; made by the first save, for it creates the directory
     self._saving = None  # (step, response) of the save in flight
 
@@ -97,8 +100,8 @@ class Checkpoints:
         return
       hosts.agree('can be written to', self._check_writable)
       if self._checkpointer is None:
-        self._checkpointer = storage.checkpointer(self.directory, self._keep_last, self._keep_every, self._transfer_bytes,
-                                                 self.newest_verified)
+        self._checkpointer = storage.checkpointer(self.directory, self._keep_last, self._keep_every, self._keep_steps,
+                                                 self._transfer_bytes, self.newest_verified)
       present = {**arrays, **({'meta': meta} if meta else {}), 'digest': _record(arrays, meta)}
       self._saving = step, self._checkpointer.save_checkpointables_async(step, present, force=True)
 
@@ -170,6 +173,10 @@ class Checkpoints:
     """The dtype that each parameter of a step is stored in."""
     return {name: jnp.dtype(dtype) for name, (dtype, _, _) in self._recorded(step)['arrays']['params'].items()}
 
+  def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a step."""
+    return {name: tuple(shape) for name, (_, shape, _) in self._recorded(step)['arrays']['params'].items()}
+
   def digests(self, step: int) -> dict[str, dict[str, str]]:
     """{'params': {leaf name: 16 hex digits}, 'opt': …}: what was saved, without reading it. Equal for equal bits."""
     return {item: {name: digits for name, (_, _, digits) in leaves.items()}
@@ -177,7 +184,11 @@ class Checkpoints:
 
   def restore_params(self, step: int, like):
     """The parameters of a step, as a tree like `like`: see `restore`."""
-    return self._restore(step, {'params': like})['params']
+    return self.restore_item(step, 'params', like)
+
+  def restore_item(self, step: int, item: str, like):
+    """A tree of arrays that was saved with a step under that name, as a tree like `like`: see `restore`."""
+    return self._restore(step, {item: like})[item]
 
   def restore(self, step: int, params_like, opt_like, **more_likes) -> tuple[Any, ...]:
     """(parameters, optimizer state, and each of the more, in order) of a step, on whatever mesh they are wanted.
@@ -196,6 +207,9 @@ class Checkpoints:
   def _restore(self, step: int, likes: dict[str, Any]) -> dict[str, Any]:
     record, wanted = self._recorded(step)['arrays'], {item: named_leaves(like) for item, like in likes.items()}
     for item, leaves in wanted.items():
+      if leaves and item not in record:
+        raise ValueError(f'checkpoint {self.path(step)} has {", ".join(record)}, and no {item}: start a run from its '
+                         'weights, with --config.init_from')
       _check_same_shapes(self.path(step), record.get(item, {}), leaves)
     targets = {item: {name: _target(leaf, record[item][name][0]) for name, leaf in leaves.items()}
                for item, leaves in wanted.items() if leaves}

@@ -9,9 +9,11 @@ import collections
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 
+from maxlm import diffusion, parametrisation, qk_clip
 from maxlm.checkpoint import CheckpointConfig
 from maxlm.data import DataConfig
 from maxlm.evals import EvalConfig
@@ -20,6 +22,7 @@ from maxlm.layers.attention import AttentionSpec
 from maxlm.layers.mla import MlaSpec
 from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.moe import MoeSpec
+from maxlm.layers.rope import Scaling
 from maxlm.lora import LoraConfig
 from maxlm.losses import LossConfig
 from maxlm.models.decoder import ComputeConfig, DecoderConfig, attentions, expert_layers
@@ -27,16 +30,64 @@ from maxlm.ops.attention import check_attention, has_halo
 from maxlm.ops.exchange import exchange_for
 from maxlm.ops.grouped_matmul import check_grouped_matmul
 from maxlm.optim import OptimConfig
+from maxlm.schedule import Schedule
 from maxlm.sharding import AXES, RULES, MeshConfig
 from maxlm.spikes import SpikeConfig
 from maxlm.step import StepConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class Stretch:
+  """What a stage changes in attention layers of a kind; None leaves it. theta, scaling: of their rotary positions. window:
+  keys a query sees."""
+
+  theta: float | None = None
+  scaling: Scaling | None = None
+  window: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Ramp:
+  """rows a step, until so many tokens of the stage are done."""
+
+  rows: int
+  until_tokens: int
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Stage:
+  """One part of a run; what is None is as in the run's config.
+
+  name: of letters, digits, - and _. tokens: of the stage, padding included. lr: its learning rate. corpus, mixture, seq_len,
+  batch_size, mask, mesh, compute, microbatches, evals: as in the config. ramp: smaller batches that it begins with. full,
+  sliding: what becomes of attention layers without and with a window. optimizer: 'keep' goes on with the state that the
+  stage before has left, 'fresh' begins with an empty one.
+  """
+
+  name: str
+  tokens: int
+  lr: Schedule
+  corpus: str | None = None
+  mixture: dict[str, int] | None = None
+  seq_len: int | None = None
+  batch_size: int | None = None
+  ramp: tuple[Ramp, ...] = ()
+  mask: Literal['document', 'row'] | None = None
+  mesh: MeshConfig | None = None
+  compute: ComputeConfig | None = None
+  microbatches: int | None = None
+  evals: EvalConfig | None = None
+  full: Stretch | None = None
+  sliding: Stretch | None = None
+  optimizer: Literal['keep', 'fresh'] = 'keep'
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Experiment:
   """name: of the run; its default workdir is runs/<name>. pod: the machine it is meant for, as 'v5p:4x4x4', or '' for
   any. model: None takes that of init_from. tokens: of the whole run, padding included. microbatches: parts a step's batch is
-  computed in. seed: of weights and data order.
+  computed in. seed: of weights and data order. stages: the parts of a run that changes on its way (`maxlm.stages`), which
+  then has their tokens and their learning rates.
 
   init_from: the model whose weights the run starts from: a run's workdir (its newest checkpoint), WORKDIR@STEP or a Hugging
   Face directory. init_optimizer: go on with the state of its optimizer too. lora: train adapters beside the weights.
@@ -54,7 +105,8 @@ class Experiment:
   evals: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
-  tokens: int
+  tokens: int = 0
+  stages: tuple[Stage, ...] = ()
   microbatches: int = 1
   seed: int = 0
   init_from: str = ''
@@ -67,6 +119,7 @@ class Experiment:
 
   @property
   def n_steps(self) -> int:
+    """Of a run without stages; of one with them, `stages.segments` says."""
     return math.ceil(self.tokens / self.tokens_per_step)
 
   @property
@@ -88,7 +141,8 @@ class Experiment:
     """What `step.train_step` needs, with the platform's choices made."""
     return StepConfig(model=self.model, lora=self.lora, compute=self.resolved(platform), optim=self.optim,
                       loss=self.loss, spikes=self.spikes, tokens_per_step=self.tokens_per_step,
-                      total_tokens=self.n_steps * self.tokens_per_step, microbatches=self.microbatches, n_sources=n_sources)
+                      total_tokens=self.optim.horizon_tokens or self.n_steps * self.tokens_per_step,
+                      microbatches=self.microbatches, n_sources=n_sources, seed=self.seed)
 
 
 def validate(config: Experiment, platform: str, n_devices: int) -> None:
@@ -103,6 +157,8 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   for name, value in positive.items():
     if value is not None and value < 1:
       raise ValueError(f'{name}={value} must be at least 1')
+  if model.mtp_depth < 0 or model.mtp_depth >= data.seq_len:
+    raise ValueError(f'model.mtp_depth={model.mtp_depth} must be 0 or more, and less than data.seq_len')
   if not model.pattern:
     raise ValueError('model.pattern is empty: it needs at least one LayerSpec')
   config.optim.check(config.n_steps * config.tokens_per_step)
@@ -110,6 +166,14 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
   config.spikes.check()
   if config.lora is not None:
     config.lora.check()
+  if config.optim.qk_clip is not None:
+    qk_clip.check(model)
+    if config.lora is not None:
+      raise ValueError('optim.qk_clip changes weights of queries and keys, and lora trains adapters: leave one of them out')
+  if config.optim.base is not None:
+    parametrisation.check(model, config.optim.base)
+    if config.lora is not None:
+      raise ValueError('optim.base is for weights that are trained whole, and lora trains adapters: leave one of them out')
   if not config.init_from and (config.lora is not None or config.init_optimizer):
     needs = 'lora' if config.lora else 'init_optimizer'
     raise ValueError(f'{needs} needs a model to start from: give --config.init_from=WORKDIR')
@@ -120,7 +184,7 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
       raise ValueError(f'data.mixture[{source!r}]={weight}: weights are whole numbers from 1; leave a source out to skip it')
   sizes, compute = dict(zip(AXES, config.mesh.shape(n_devices))), config.resolved(platform)
   kernel_check = functools.partial(check_attention, compute.kernel, platform, seq_len=data.seq_len, dtype=compute.dtype,
-                                   chunks=_row_chunks(sizes))
+                                   chunks=_row_chunks(sizes), causal=model.mask_token is None)
   for i, layer in enumerate(model.pattern):
     if not layer.parts:
       raise ValueError(f'model.pattern[{i}] has neither a mixer nor an mlp')
@@ -130,6 +194,7 @@ def validate(config: Experiment, platform: str, n_devices: int) -> None:
       kernel_check(window=attention.window, softcap=attention.softcap, sinks=attention.sinks, head_dim=attention.head_dim)
     if isinstance(layer.mixer, MlaSpec):
       kernel_check(window=None, softcap=None, sinks=False, head_dim=layer.mixer.nope_dim + layer.mixer.rope_dim)
+  diffusion.check(model)
   if model.max_positions is not None and data.seq_len > model.max_positions:
     raise ValueError(f'data.seq_len={data.seq_len} is more than the {model.max_positions} positions of the model')
   _check_mesh(config, sizes)
@@ -187,8 +252,8 @@ def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
                      'or give the run a name with "benchmark" in it')
 
 
-def describe(config: Experiment, platform: str, n_parameters: int) -> str:
-  """The lines a run starts with: what will be computed, how, and on what."""
+def describe(config: Experiment, platform: str, n_steps: int, n_parameters: int) -> str:
+  """The lines a run, or a stage of one, starts with: what will be computed, how, and on what."""
   model, compute = config.model, config.resolved(platform)
   kinds = collections.Counter(' + '.join(map(kind_of, layer.parts.values())) for layer in model.layers)
   devices = jax.devices()
@@ -196,13 +261,15 @@ def describe(config: Experiment, platform: str, n_parameters: int) -> str:
   if config.pod and len(devices) != config.pod_devices:
     meant = f'pod      meant for {config.pod}, {config.pod_devices} devices; this machine has {len(devices)}\n'
   rows, experts = _describe_rows(config), _describe_experts(config, platform)
+  if model.mask_token is not None:
+    experts += f'loss     masked diffusion (mask token {model.mask_token}): all losses are upper bounds of nats a token\n'
   return (f'{meant}model    {n_parameters / 1e6:,.1f}M parameters: {model.n_layers} layers '
           f'({", ".join(f"{n} x {kind}" for kind, n in kinds.items())}), '
           f'width {model.d_model}, vocabulary {model.vocab_size}\n'
           f'compute  {len(devices)} x {devices[0].device_kind}, {compute.dtype}, attention kernel {compute.kernel}, '
           f'remat {compute.remat}\n{rows}{experts}'
-          f'steps    {config.n_steps:,} of {config.data.batch_size} x {config.data.seq_len} = '
-          f'{config.tokens_per_step:,} tokens: {config.n_steps * config.tokens_per_step:,} tokens in all')
+          f'steps    {n_steps:,} of {config.data.batch_size} x {config.data.seq_len} = '
+          f'{config.tokens_per_step:,} tokens: {n_steps * config.tokens_per_step:,} tokens in all')
 
 
 def _describe_rows(config: Experiment) -> str:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipeline.pack import best_fit_decreasing
-from maxlm.load import Model
+from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from maxlm.ops.context import to_natural, to_zigzag
 from maxlm.sharding import axis_size, spec
 
 ROW = 2048  # tokens: rows that are shorter are more at a time, longer ones fewer
@@ -34,16 +35,20 @@ class Answer(NamedTuple):
 class Scorer:
   """Answers requests; what was compiled for one call serves the next ones.
 
-  max_length: tokens that the model is given at most. batch_size: rows at a time, of ROW tokens.
+  compute: resolved. max_length: tokens that the model is given at most. batch_size: rows at a time, of ROW tokens.
   """
 
-  def __init__(self, model: Model, *, max_length: int, batch_size: int):
-    model.check_length(max_length)
+  def __init__(self, model: DecoderConfig, compute: ComputeConfig, *, max_length: int, batch_size: int):
+    if model.max_positions is not None and max_length > model.max_positions:
+      raise ValueError(f'rows of {max_length} tokens are longer than the {model.max_positions} positions of this model')
+    if model.mask_token is not None:
+      raise ValueError('a model that was trained by masked diffusion has no probabilities of next tokens: tasks are for '
+                       'models that have')
     self.model, self.max_length, self.batch_size = model, max_length, batch_size
-    self._hidden = jax.jit(functools.partial(_hidden, model.model, model.compute))
-    self._judge = jax.jit(functools.partial(_judge, model.model))
+    self._hidden = jax.jit(functools.partial(_hidden, model, compute))
+    self._judge = jax.jit(functools.partial(_judge, model))
 
-  def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+  def __call__(self, params: Decoder, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
     """Yields (index of a request, its answer) of all requests, batch by batch, in another order.
 
     Where context and continuation have more than max_length + 1 tokens, the first ones are left out (the last one is not
@@ -61,15 +66,15 @@ class Scorer:
     riders = shared(inputs)
     hosts = sorted(riders)
     lengths = [len(inputs[host]) for host in hosts]
-    T, rows = packed(lengths, self.model.model.d_model) if hosts else (1, [])
+    T, rows = packed(lengths, self.model.d_model) if hosts else (1, [])
     rows = [[hosts[i] for i in members] for members in rows]
     at_a_time = rows_at_a_time(self.batch_size, T)
     for start in range(0, len(rows), at_a_time):
       batch = rows[start:start + at_a_time]
       B = min(at_a_time, 1 << (len(batch) - 1).bit_length())  # of the last batch: one more program, not one for each number
-      yield from self._answer(batch, B + -B % axis_size('B'), T, inputs, targets, riders)
+      yield from self._answer(params, batch, B + -B % axis_size('B'), T, inputs, targets, riders)
 
-  def _answer(self, rows, B, T, inputs, targets, riders):
+  def _answer(self, params, rows, B, T, inputs, targets, riders):
     tokens_BT, segment_ids_BT, positions_BT = np.zeros((3, B, T), np.int32)
     asked = [([], [], []) for _ in range(B)]  # of each row: columns, targets, whose
     for row, hosts in enumerate(rows):
@@ -86,15 +91,14 @@ class Scorer:
           wanted.extend(targets[request])
           owners.extend([request] * len(targets[request]))
         start = stop
-    packed = [jax.device_put(a, spec('BT')) for a in (tokens_BT, segment_ids_BT, positions_BT)]
-    x_BTD = self._hidden(self.model.params, *packed)
-    C = max(1, min(T, HELD_LOGITS // (B * self.model.model.vocab_size)))
+    x_BTD = self._hidden(params, *(_put(a, 'BT') for a in (tokens_BT, segment_ids_BT, positions_BT)))
+    C = max(1, min(T, HELD_LOGITS // (B * self.model.vocab_size)))
     n_asked = max(len(columns) for columns, *_ in asked)
     columns, wanted, owners = np.full((3, B, n_asked + -n_asked % C), -1, np.int32)
     for row, lists in enumerate(asked):
       for array, values in zip((columns, wanted, owners), lists):
         array[row, :len(values)] = values
-    parts = [self._judge(self.model.params, x_BTD, *(jax.device_put(a[:, i:i + C], spec('BM')) for a in (columns, wanted)))
+    parts = [self._judge(params, x_BTD, *(_put(a[:, i:i + C], 'BM') for a in (columns, wanted)))
              for i in range(0, n_asked, C)]
     log_probs, likeliest = (np.concatenate([np.asarray(part) for part in two], axis=1) for two in zip(*parts))
     requests, whose = np.unique(owners[owners >= 0], return_inverse=True)
@@ -135,14 +139,21 @@ def rows_at_a_time(batch_size: int, length: int) -> int:
   return max(1, batch_size * ROW // length)
 
 
-def _hidden(config, compute, params, tokens_BT, segment_ids_BT, positions_BT):
-  x_BTD, _ = params.hidden(config, compute, tokens_BT, segment_ids_BT, positions_BT)
-  return jax.reshard(x_BTD, jax.P(*spec('B'), None, None))
+def _put(array: np.ndarray, dims: str) -> jax.Array:
+  """An array that every host has, split over the devices of all."""
+  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec(dims))
+  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _hidden(config, compute, params, *rows_BT):
+  x_BTD, _ = params.hidden(config, compute, *(to_zigzag(row_BT) for row_BT in rows_BT))
+  return jax.reshard(to_natural(x_BTD), jax.P(*spec('B'), None, None))
 
 
 def _judge(config, params, x_BTD, columns_BC, targets_BC):
-  """The log-probability of each target after its column, fp32 [B, C], and whether it is the likeliest token."""
+  """The log-probability of each target after its column, fp32 [B, C], and whether it is the likeliest token, everywhere."""
   x_BCD = jnp.take_along_axis(x_BTD, columns_BC[..., None], axis=1)
   logits_BCV = jax.reshard(params.logits(config, x_BCD), jax.P(*spec('B'), None, None))
   log_probs_BC1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BCV), targets_BC[..., None], axis=-1)
-  return log_probs_BC1[..., 0], jnp.argmax(logits_BCV, axis=-1) == targets_BC
+  found = log_probs_BC1[..., 0], jnp.argmax(logits_BCV, axis=-1) == targets_BC
+  return tuple(jax.reshard(a_BC, jax.P(None, None)) for a_BC in found)

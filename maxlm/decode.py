@@ -132,11 +132,16 @@ def draw(logits_BV: jax.Array, temperature: float, top_p: float, key: jax.Array)
   """One token a row, int32 [B]."""
   if temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = logits_BV / temperature
-  if top_p < 1:
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
-    least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+  logits_BV = nucleus(logits_BV / temperature, top_p)
   gumbel_BV = jax.random.gumbel(key, logits_BV.shape, jnp.float32, out_sharding=jax.typeof(logits_BV).sharding.spec)
   return jnp.argmax(logits_BV + gumbel_BV, axis=-1).astype(jnp.int32)
+
+
+def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+  """The logits, -inf for tokens outside the smallest set with so much probability. There may be more dims before V."""
+  if top_p == 1:
+    return logits_BV
+  sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+  before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
+  least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

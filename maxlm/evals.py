@@ -11,14 +11,17 @@ from data_pipeline import loader
 from data_pipeline.mixture import MixtureSchedule
 from maxlm.data import rows_of_host, to_device
 from maxlm.models.decoder import Decoder
+from maxlm.tasks import FileTask, LongRangeTasks, PuzzleTasks
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
-  """every_steps: steps between evaluations (0: only at the end). rows: held-out rows of each source that are scored."""
+  """every_steps: steps between evaluations (0: only at the end). rows: held-out rows of each source that are scored. tasks:
+  what else is (`maxlm.tasks`), each time."""
 
   every_steps: int = 0
   rows: int = 64
+  tasks: tuple[LongRangeTasks | PuzzleTasks | FileTask, ...] = ()
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

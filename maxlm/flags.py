@@ -30,6 +30,7 @@ import re
 import sys
 import textwrap
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -82,14 +83,7 @@ def load_config(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Any:
   an object: an override of pattern[0] does not reach pattern[1] where the file repeats one layer.
   """
   path, _, arg = name.partition(':')
-  if not os.path.isfile(path):
-    raise FileNotFoundError(f'no config file {path!r}')
-  spec = importlib.util.spec_from_file_location('config.' + os.path.basename(path).removesuffix('.py'), path)
-  if spec is None:
-    raise ValueError(f'{path}: a config is a .py file')
-  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  get_config = getattr(module, 'get_config', None)
+  get_config = getattr(module_of(path), 'get_config', None)
   if get_config is None:
     raise ValueError(f'{path}: has no get_config(arg)')
   if arg and not inspect.signature(get_config).parameters:
@@ -101,6 +95,18 @@ def load_config(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Any:
   for key, text in overrides:
     override(config, key, text)
   return config
+
+
+def module_of(path: str) -> types.ModuleType:
+  """A Python file that the user names, executed. FileNotFoundError or ValueError if it is none."""
+  if not os.path.isfile(path):
+    raise FileNotFoundError(f'no config file {path!r}')
+  spec = importlib.util.spec_from_file_location('config.' + os.path.basename(path).removesuffix('.py'), path)
+  if spec is None:
+    raise ValueError(f'{path}: a config is a .py file')
+  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def override(config, key: str, text: str) -> None:

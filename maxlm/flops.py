@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.models.decoder import DecoderConfig
+from maxlm.models.decoder import DecoderConfig, LayerSpec
 
 # Dense bf16 FLOP/s of one JAX device, by the start of its device_kind. TPUs: cloud.google.com/tpu/docs system pages;
 # a TPU7x chip shows as two devices. GPUs: NVIDIA data sheets, without sparsity.
@@ -26,24 +26,44 @@ PEAK_FLOPS = {
 def matmul_params(model: DecoderConfig) -> int:
   """Weights that multiply a token's activations: all but norms, biases, the embedding's look-up and experts that a token is
   not sent to; the head counts."""
-  return model.d_model * model.vocab_size + sum(
-    part.matmul_params(model.d_model) for layer in model.layers for part in layer.parts.values())
+  ahead = model.mtp_depth * model.d_model * (2 * model.d_model + model.vocab_size)  # projections, and the head once more
+  return ahead + model.d_model * model.vocab_size + sum(
+    part.matmul_params(model.d_model) for layer in with_ahead(model) for part in layer.parts.values())
 
 
-def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | None) -> int:
-  """(query, key) pairs that a causal mask with that window admits within the documents of packed rows [B, T]."""
+def with_ahead(model: DecoderConfig) -> list[LayerSpec]:
+  """The layers, and those that predict further ahead."""
+  return model.layers + model.mtp_depth * model.layers[-1:]
+
+
+def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | None, causal: bool = True) -> int:
+  """(query, key) pairs that the mask with that window admits within the documents of packed rows [B, T]."""
   seen = positions.astype(np.int64) + 1
   if window is not None:
     seen = np.minimum(seen, window)
-  return int(seen[segment_ids > 0].sum())
+  pairs, tokens = int(seen[segment_ids > 0].sum()), int((segment_ids > 0).sum())
+  return pairs if causal else 2 * pairs - tokens  # each pair in both directions, but a token with itself once
 
 
 def train_flops(model: DecoderConfig, batch: dict[str, np.ndarray]) -> float:
   """FLOPs of one training step on a host's batch of packed rows (numpy: positions, segment_ids). Padding is not work."""
   tokens = int((batch['segment_ids'] > 0).sum())
-  pairs = functools.cache(lambda window: visible_pairs(batch['positions'], batch['segment_ids'], window))
-  mixing = sum(layer.mixer.mixing_flops(tokens, pairs) for layer in model.layers if layer.mixer is not None)
+  pairs = functools.cache(lambda window: visible_pairs(batch['positions'], batch['segment_ids'], window,
+                                                         model.mask_token is None))
+  mixing = sum(layer.mixer.mixing_flops(tokens, pairs) for layer in with_ahead(model) if layer.mixer is not None)
   return 3.0 * (2 * matmul_params(model) * tokens + mixing)
+
+
+def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
+  """FLOPs of a training token where every row is one document of that length."""
+  row = {'positions': np.arange(seq_len)[None], 'segment_ids': np.ones((1, seq_len), np.int32)}
+  return train_flops(model, row) / seq_len
+
+
+def planned_flops_per_token(d_model: float, n_layers: float, seq_len: float) -> float:
+  """The same before there is a model: M = 72 L d² + 12 L d s (DeepSeek LLM, arXiv 2401.02954, section 3.2), which is
+  6 N with N = 12 L d², and attention as if every token saw every other. The head is not in it."""
+  return 72 * n_layers * d_model**2 + 12 * n_layers * d_model * seq_len
 
 
 def peak_flops(device: jax.Device) -> float | None:

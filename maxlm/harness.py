@@ -73,7 +73,7 @@ class HarnessLM(TemplateLM):
     self.model, self.batch_size = model, batch_size
     self.max_length = max_length or model.max_length or MAX_LENGTH
     self.n_cut = 0  # requests that were too long
-    self.scorer = Scorer(model, max_length=self.max_length, batch_size=batch_size)
+    self.scorer = Scorer(model.model, model.compute, max_length=self.max_length, batch_size=batch_size)
     self.generators = {}  # (temperature, top_p) -> Generator
     self.answers = Answers(Path(cache) / f'{fingerprint(model, self.max_length)}.jsonl' if cache else None)
 
@@ -114,7 +114,7 @@ class HarnessLM(TemplateLM):
     return [sum(next(answers)[0] for _ in pairs) for pairs in windows]
 
   def _score(self, pairs) -> list[tuple[float, bool]]:
-    ask = lambda missing: self.scorer([pair for _, *pair in missing])
+    ask = lambda missing: self.scorer(self.model.params, [pair for _, *pair in missing])
     return [tuple(answer) for answer in self.answers.of([('score', *pair) for pair in pairs], ask)]
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

@@ -15,6 +15,7 @@ from maxlm.config import Experiment
 from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from maxlm.restore import load_params, model_of
 from maxlm.sharding import MeshConfig, make_mesh
+from maxlm.stages import flat
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -47,6 +48,12 @@ class Model:
       raise ValueError('this model has no token that begins a document: give a prompt')
     return ids
 
+  def check_next_token(self) -> None:
+    """ValueError for a model that fills in masked tokens instead of predicting the next one."""
+    if self.model.mask_token is not None:
+      raise ValueError('this model was trained by masked diffusion and has no probabilities of next tokens: maxlm.evaluate '
+                       'gives its bound on a corpus, maxlm.generate samples from it')
+
   def check_length(self, length: int) -> None:
     """ValueError for more tokens in a row than the model has positions."""
     if self.model.max_positions is not None and length > self.model.max_positions:
@@ -60,7 +67,7 @@ def load(checkpoint: str, dtype: str | None = None) -> Model:
   """
   checkpoints, step = find(checkpoint)
   meta, workdir = checkpoints.meta(step), checkpoints.directory.parent
-  config, model = typed_json.decode(meta['config'], Experiment) if 'config' in meta else None, model_of(meta)
+  config, model = experiment_of(meta), model_of(meta)
   compute = dataclasses.replace(config.compute if config else ComputeConfig(), dtype=dtype, kernel=None,
                                 experts_kernel=None)
   text = (workdir / 'tokenizer.json').read_text() if (workdir / 'tokenizer.json').exists() else None
@@ -78,6 +85,15 @@ def load(checkpoint: str, dtype: str | None = None) -> Model:
   return Model(model=model, config=config, compute=compute.resolve(jax.default_backend(), model), tokenizer=tokenizer,
                params=load_params(checkpoints, step, model), tokenizer_text=text,
                max_length=max_length, step=step, **ends)
+
+
+def experiment_of(meta: dict[str, Any]) -> Experiment | None:
+  """The run that a checkpoint is of, as its stage sees it; None for an import."""
+  if 'config' not in meta:
+    return None
+  config = typed_json.decode(meta['config'], Experiment, 'config')
+  stage = next((i for i, stage in enumerate(config.stages) if stage.name == meta['stage']), None)
+  return config if stage is None else flat(config, stage)
 
 
 def document_ends(workdir: epath.Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class MetricsWriter:
 
   A value that is not finite is null there, for JSON has no other word. WORKDIR/tensorboard has the same values under
   the same names, ten seconds later at most. A step is recorded once: what an attempt wrote after the checkpoint it is
-  resumed from is dropped, `eval/…` of that step too: it comes after the checkpoint. OSError where a file cannot be written.
+  resumed from is dropped, `eval/…` of that step too: it comes after the checkpoint, unless it is the one that a stage ends
+  with (`ended`). OSError where a file cannot be written.
   """
 
   def __init__(self, workdir: str | Path, *, resumed_from: int | None = None):
@@ -81,7 +82,7 @@ def _place_of(line: bytes) -> tuple[float, bool]:
   """(step, whether it is an evaluation) of a line of metrics.jsonl; an infinite step for what is not one."""
   try:
     record = json.loads(line)
-    return record['step'], any(name.startswith('eval/') for name in record)
+    return record['step'], 'ended' not in record and any(name.startswith('eval/') for name in record)
   except (ValueError, TypeError, KeyError):
     return math.inf, False
 

@@ -4,15 +4,18 @@ A checkpoint of a LoRA run holds the adapters alone. Where its model is, its lin
 workdir, 'from_here': the same seen from its own workdir, so that both can be moved together}.
 """
 
+import functools
 import os
 from typing import Any
 
 import jax
 from etils import epath
 
+from maxlm import ema as running_mean
 from maxlm import lora, typed_json
 from maxlm.checkpoint import Checkpoints
 from maxlm.models.decoder import Decoder, DecoderConfig
+from maxlm.optim import OptimConfig
 
 # What belongs to a model besides its weights and its tokenizer.json: files of its workdir, under the names that Hugging
 # Face gives them. They go along with it, from import to fine-tuning to export.
@@ -31,18 +34,29 @@ def lora_of(meta: dict[str, Any]) -> lora.LoraConfig | None:
   return typed_json.decode(meta.get('lora') or meta.get('config', {}).get('lora'), lora.LoraConfig | None, 'lora')
 
 
-def load_params(checkpoints: Checkpoints, step: int, model: DecoderConfig | None = None) -> Decoder:
+def load_params(checkpoints: Checkpoints, step: int, model: DecoderConfig | None = None, *, ema: bool = False) -> Decoder:
   """The parameters of a checkpoint in fp32 on the current mesh; adapters are merged into the model they are for.
 
-  model: the architecture (None: the one that was saved). ValueError, naming a parameter, if shapes differ.
+  model: the architecture (None: the one that was saved). ema: with the running mean of the weights in their place.
+  ValueError, naming a parameter, if shapes differ; and where the run kept no mean.
   """
   meta = checkpoints.meta(step)
   model, adapters = model or model_of(meta), lora_of(meta)
   if adapters is None:
-    return checkpoints.restore_params(step, jax.eval_shape(lambda: Decoder(model, jax.random.key(0))))
+    params = checkpoints.restore_params(step, jax.eval_shape(lambda: Decoder(model, jax.random.key(0))))
+    return _with_mean(checkpoints, step, meta, params) if ema else params
   like = jax.eval_shape(lambda: lora.adapt(Decoder(model, jax.random.key(0)), adapters, jax.random.key(0)))
   trained = checkpoints.restore_params(step, lora.adapters(like))
-  return jax.jit(lora.merge)(lora.assemble(like, load_params(*base_of(checkpoints, meta), model), trained))
+  params = lora.assemble(like, load_params(*base_of(checkpoints, meta), model), trained)
+  return jax.jit(lora.merge)(_with_mean(checkpoints, step, meta, params) if ema else params)
+
+
+def _with_mean(checkpoints: Checkpoints, step: int, meta: dict[str, Any], params: Decoder) -> Decoder:
+  optim = typed_json.decode(meta['config']['optim'], OptimConfig, 'optim') if 'config' in meta else None
+  if optim is None or not optim.ema:
+    raise ValueError(f'{checkpoints.directory.parent} keeps no running mean of weights: a run with --config.optim.ema does')
+  mean = jax.eval_shape(functools.partial(running_mean.begin, optim, model_of(meta)), params)
+  return running_mean.in_place(optim, model_of(meta), params, checkpoints.restore_item(step, 'ema', mean))
 
 
 def base_of(checkpoints: Checkpoints, meta: dict[str, Any]) -> tuple[Checkpoints, int]:

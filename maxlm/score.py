@@ -36,6 +36,7 @@ def main() -> int:
     raise FileNotFoundError(f'--out={OUT.value}: its directory does not exist')
   jax.config.update('jax_default_matmul_precision', 'highest')
   model = load(CHECKPOINT.value, dtype='float32')
+  model.check_next_token()
   if tokens.max(initial=0) >= model.model.vocab_size:
     raise ValueError(f'{TOKENS.value} has token {tokens.max()}, and the model knows 0 … {model.model.vocab_size - 1}')
   model.check_length(tokens.shape[1])

@@ -352,6 +352,7 @@ def main() -> int:
                                '--port') from error
   with server, StopSignal() as stop:
     model, workdir = load(CHECKPOINT.value), parse(CHECKPOINT.value)[0]
+    model.check_next_token()
     max_length = MAX_LENGTH.value or model.max_length or 2048
     server.service = Service(model, workdir, NAME.value or Path(workdir).resolve().name, BATCH_SIZE.value, max_length)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()

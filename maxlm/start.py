@@ -12,6 +12,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,40 +23,52 @@ import jax
 import numpy as np
 
 from data_pipeline import loader, shards
-from maxlm import hosts, lora, typed_json
+from maxlm import diffusion, hosts, lora, stages, typed_json
 from maxlm.checkpoint import Checkpoints, Damaged, find, lineage, parse
-from maxlm.config import Experiment, describe
-from maxlm.data import mixture
+from maxlm.config import Experiment
+from maxlm.data import DataConfig, Feed, feeds
 from maxlm.hosts import say
 from maxlm.models.decoder import Decoder, DecoderConfig
 from maxlm.redact import redact_json
 from maxlm.restore import COMPANIONS, base_of, load_params, model_of
+from maxlm.sharding import make_mesh
 from maxlm.spikes import Skips
+from maxlm.stages import Segment
 from maxlm.step import StepConfig, TrainState, begin, init_state
 
 # Keys that a rerun may not change.
-OF_THE_WORKDIR = ('model.', 'data.', 'seed', 'init_', 'lora', 'optim.freeze', 'spikes.window')
-MAY_MOVE = ('data.corpus', 'data.recipe')
+OF_THE_WORKDIR = ('model.', 'data.', 'seed', 'init_', 'lora', 'optim.freeze', 'optim.base', 'optim.optimizer', 'optim.ema',
+                  'spikes.window')
+MAY_MOVE = ('data.corpus', 'data.recipe', 'data.max_epochs', 'data.source_tokens')
+OF_THE_MACHINE = ('corpus', 'mesh', 'compute', 'microbatches', 'evals')  # of a stage, may change on its way
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Parent:
-  """The checkpoint that a run starts from. meta: what was saved with it."""
+  """The checkpoint that a run starts from. meta: what was saved with it. is_trunk: the run goes on with its state and its
+  steps, as a branch; else it takes the weights."""
 
   checkpoints: Checkpoints
   step: int
   meta: dict[str, Any]
+  is_trunk: bool = False
 
   @property
   def workdir(self) -> Path:
     return Path(self.checkpoints.directory).parent
 
 
-def settle(config: Experiment, workdir: Path) -> tuple[Experiment, Parent | None]:
-  """The config with its architecture; and, for a run that has not begun and has one, the parent.
+def settle(config: Experiment, workdir: Path, branch: str = '', chosen: str = '') -> tuple[Experiment, Parent | None]:
+  """The config with its architecture and the stages that are asked for; and, for a run that has not begun and has one, the
+  parent.
 
-  ValueError or FileNotFoundError, in one line, where there is no such model.
+  branch: WORKDIR@STEP that the run leaves; chosen: names of stages, with commas. ValueError or FileNotFoundError, in one
+  line, where there is no such model or stage.
   """
+  if branch:
+    return branch_off(config, workdir, branch, chosen)
+  if chosen:
+    config = stages.chosen(config, tuple(chosen.split(',')))
   parent, meta = None, newest_meta(Checkpoints(workdir / 'checkpoints'))
   if meta is not None:
     model = model_of(meta)
@@ -72,6 +85,26 @@ def settle(config: Experiment, workdir: Path) -> tuple[Experiment, Parent | None
     for name, before, after in differences(model, config.model, DecoderConfig):
       say(f'changed  model.{name}: {before} -> {after}')
   return config, parent
+
+
+def branch_off(config: Experiment, workdir: Path, branch: str, chosen: str) -> tuple[Experiment, Parent | None]:
+  """The run that leaves another at a step, with all of its state there, for other stages of the same config."""
+  if parse(branch)[1] is None or not chosen or config.init_from:
+    raise ValueError(f'--branch={branch}: name a checkpoint, WORKDIR@STEP, and what comes then, --stages=NAME,…; without '
+                     'init_from')
+  checkpoints, step = find(branch)
+  trunk = Path(checkpoints.directory).parent
+  if trunk.absolute() == workdir.absolute():
+    raise ValueError(f'--branch={branch} --workdir={workdir}: a branch has a workdir of its own')
+  meta = checkpoints.meta(step)
+  begun = typed_json.decode(meta['config'], Experiment, 'config')
+  if not begun.stages:
+    raise ValueError(f'--branch={branch}: that run has no stages; to start from its weights, give --config.init_from')
+  config = stages.branched(config, step, tuple(chosen.split(',')))
+  if newest_meta(Checkpoints(workdir / 'checkpoints')) is not None:
+    return config, None
+  check_same_run(trunk, meta, {}, dataclasses.replace(config, seed=begun.seed))
+  return config, Parent(checkpoints=checkpoints, step=step, meta=meta, is_trunk=True)
 
 
 def newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
@@ -117,18 +150,37 @@ def imported(source: Path, target: Path) -> Path:
   return target
 
 
-def open_corpus(config: Experiment, model: Path | None) -> loader.Corpus:
-  """The corpus, built first if it is not there and the config names a recipe.
+def open_feeds(config: Experiment, plan: tuple[Segment, ...],
+               model: Path | None) -> tuple[tuple[Feed, ...], loader.Corpus]:
+  """Where the batches of each part of a run come from, and the corpus whose held-out rows are scored. Corpora are built
+  first if they are not there.
 
-  model: workdir of the model whose tokenizer the corpus must have; None: any will do.
+  model: workdir of the model whose tokenizer they must have; None: any will do.
   """
-  directory, seq_len = config.data.corpus, config.data.seq_len
-  command = ['-m', 'data_pipeline.build', f'--recipe={config.data.recipe or "…"}', f'--out={directory}',
-             f'--seq_lens={seq_len}', *([f'--tokenizer={model}'] if model else [])]
+  parts, opened = [segment.config.data for segment in plan], {}
+  for data in (*parts, config.data):
+    if (data.corpus, data.seq_len) not in opened:
+      lengths = sorted({other.seq_len for other in (*parts, config.data) if other.corpus == data.corpus})
+      opened[data.corpus, data.seq_len] = open_corpus(config, data, lengths, model)
+  first, *others = opened.values()
+  for other in others:
+    if other.tokenizer_sha256 != first.tokenizer_sha256:
+      raise ValueError(f'the corpora in {first.directory} and {other.directory} were made with different tokenizers: build '
+                       f'one again with --tokenizer={first.directory}')
+  of_parts = feeds([(segment.config.data, segment.stop - segment.first) for segment in plan],
+                   [opened[data.corpus, data.seq_len] for data in parts], config.seed)
+  return of_parts, opened[config.data.corpus, config.data.seq_len]
+
+
+def open_corpus(config: Experiment, data: DataConfig, lengths: list[int], model: Path | None) -> loader.Corpus:
+  """The corpus, built first if it is not there and the config names a recipe. lengths: of rows, that the run needs of it."""
+  directory, seq_len = data.corpus, data.seq_len
+  command = ['-m', 'data_pipeline.build', f'--recipe={data.recipe or "…"}', f'--out={directory}',
+             f'--seq_lens={",".join(map(str, lengths))}', *([f'--tokenizer={model}'] if model else [])]
 
   def build():
-    if config.data.recipe and not (Path(directory) / 'manifest.json').exists():
-      say(f'corpus   {directory} is not there: building it with recipe {config.data.recipe!r}')
+    if data.recipe and not (Path(directory) / 'manifest.json').exists():
+      say(f'corpus   {directory} is not there: building it with recipe {data.recipe!r}')
       if subprocess.run([sys.executable, *command], check=False).returncode:
         raise ValueError(f'the corpus was not built: see the lines above; again with: python {" ".join(command)}')
 
@@ -146,32 +198,31 @@ def open_corpus(config: Experiment, model: Path | None) -> loader.Corpus:
   if corpus.vocab_size > config.model.vocab_size:
     raise ValueError(f'the corpus in {directory} has {corpus.vocab_size} tokens, more than model.vocab_size='
                      f'{config.model.vocab_size}: set --config.model.vocab_size to {corpus.vocab_size} or more')
+  diffusion.check_corpus(config.model, corpus.token_bytes, (corpus.bos, corpus.eot))
   return corpus
 
 
-def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, checkpoints: Checkpoints,
-                    corpus: loader.Corpus, parent: Parent | None) -> tuple[TrainState, dict[str, Any], Skips]:
+def start_or_resume(config: Experiment, plan: tuple[Segment, ...], feeds: tuple[Feed, ...], workdir: Path,
+                    checkpoints: Checkpoints, parent: Parent | None) -> tuple[TrainState, dict[str, Any], Skips]:
   """The state of the newest whole checkpoint, or that before the first step; what is saved beside it; and which batches
-  the run leaves out.
+  the run leaves out. The mesh is then that of the steps that come next.
 
   ValueError where the workdir or the parent is of another kind than the config.
   """
-  key = jax.random.key(config.seed)
-  like = jax.eval_shape(functools.partial(init_state, step_config), key)
-  say(describe(config, jax.default_backend(), sum(w.size for w in jax.tree.leaves(like.params))))
+  corpus, names = feeds[0].corpus, [segment.name for segment in plan]
   meta = {'config': as_saved(config), 'tokenizer': corpus.tokenizer_sha256, 'bos': corpus.bos,
-          'eot': corpus.eot, 'skips': [],
-          'rows': {source: corpus.contents.get(source) for source in mixture(config.data, corpus).sources}}
+          'eot': corpus.eot, 'skips': [], 'rows': {f'{name}/{source}': feed.corpus.contents.get(source)
+                                                   for name, feed in zip(names, feeds) for source in feed.schedule.sources}}
   skips = hosts.agree('rewinds', functools.partial(read_rewinds, workdir))
   undo(checkpoints, Skips.of_json(skips))
   while (saved := newest_meta(checkpoints)) is not None:
     step = saved['step']
     check_same_run(workdir, saved, {**meta, 'corpus': corpus.directory}, config)
-    if step > config.n_steps:
-      raise ValueError(f'{workdir} is at step {step:,}, past the {config.n_steps:,} steps of this config: '
+    if step > plan[-1].stop:
+      raise ValueError(f'{workdir} is at step {step:,}, past the {plan[-1].stop:,} steps of this config: '
                        'raise --config.tokens')
     try:
-      state = restore(config, checkpoints, step, like, saved)
+      state = restore(plan, checkpoints, step, saved)
     except Damaged as error:
       set_aside(checkpoints, step, error)
       continue
@@ -180,19 +231,35 @@ def start_or_resume(config: Experiment, step_config: StepConfig, workdir: Path, 
     return state, {**saved, **meta, 'skips': skips}, Skips.of_json(skips)
   hosts.agree('begin', functools.partial((workdir / 'rewinds.json').unlink, missing_ok=True))  # of a run that was removed
   if parent is None:
-    state = jax.jit(functools.partial(init_state, step_config))(key)
+    like, step_config = state_like(plan, 0)
+    state = jax.jit(functools.partial(init_state, step_config))(jax.random.key(config.seed))
     return state, {**meta, 'lineage': hosts.agree('run', lineage)}, Skips()
   say(f'start    from step {parent.step:,} of {parent.workdir}')
-  heritage = hosts.agree('run', functools.partial(inheritance, parent, workdir))
-  return from_parent(config, step_config, parent, like, key), {**meta, **heritage}, Skips()
+  meta |= hosts.agree('run', functools.partial(inheritance, parent, workdir))
+  if parent.is_trunk:
+    skips = parent.meta['skips']
+    return restore(plan, parent.checkpoints, parent.step, parent.meta), {**meta, 'skips': skips}, Skips.of_json(skips)
+  return from_parent(config, plan, parent), meta, Skips()
 
 
-def restore(config: Experiment, checkpoints: Checkpoints, step: int, like: TrainState, saved: dict[str, Any]) -> TrainState:
-  """The state that was saved after a step, verified. `Damaged` where it is not what was saved. saved: its meta."""
-  params, opt, recent = checkpoints.restore(step, what_is_saved(like.params), like.opt, recent=like.recent)
-  if config.lora is not None:
+def state_like(plan: tuple[Segment, ...], step: int) -> tuple[TrainState, StepConfig]:
+  """The state after a step as shapes with shardings, for the mesh of the steps that come next, which is set; and what these
+  need."""
+  segment = plan[stages.segment_of(plan, step)]
+  jax.set_mesh(make_mesh(segment.config.mesh))
+  step_config = segment.step_config(jax.default_backend(), 1)
+  return jax.eval_shape(functools.partial(init_state, step_config), jax.random.key(segment.config.seed)), step_config
+
+
+def restore(plan: tuple[Segment, ...], checkpoints: Checkpoints, step: int, saved: dict[str, Any]) -> TrainState:
+  """The state that was saved after a step, verified, on the mesh of the steps that come next. `Damaged` where it is not what
+  was saved. saved: its meta."""
+  like, step_config = state_like(plan, step)
+  params, opt, recent, ema = checkpoints.restore(step, what_is_saved(like.params), like.opt, recent=like.recent,
+                                                 ema=like.ema)
+  if step_config.lora is not None:
     params = lora.assemble(like.params, load_params(*base_of(checkpoints, saved)), params)
-  return TrainState(step=jax.device_put(np.int32(step), jax.P()), params=params, opt=opt, recent=recent)
+  return TrainState(step=jax.device_put(np.int32(step), jax.P()), params=params, opt=opt, recent=recent, ema=ema)
 
 
 # -- a rewind: the list of them is in WORKDIR/rewinds.json as soon as one is decided, and in every later checkpoint
@@ -226,14 +293,16 @@ def undo(checkpoints: Checkpoints, skips: Skips) -> None:
     checkpoints.remove(step)
 
 
-def from_parent(config: Experiment, step_config: StepConfig, parent: Parent, like: TrainState, key: jax.Array) -> TrainState:
+def from_parent(config: Experiment, plan: tuple[Segment, ...], parent: Parent) -> TrainState:
   """The state before the first step, with the parent's weights, and its optimizer state if that is asked for."""
+  like, step_config = state_like(plan, 0)
   if config.init_optimizer:
     try:
       _, opt = parent.checkpoints.restore(parent.step, like.params, like.opt)
     except ValueError as error:
       raise ValueError(f'init_optimizer=True goes on with the state of the same trained weights: {error}') from error
   params = load_params(parent.checkpoints, parent.step, config.model)
+  key = jax.random.key(config.seed)
   state = jax.jit(functools.partial(begin, step_config), donate_argnums=0)(params, key)
   return dataclasses.replace(state, opt=opt) if config.init_optimizer else state
 
@@ -265,17 +334,31 @@ def write_description(config: Experiment, workdir: Path, corpus: loader.Corpus, 
 
 
 def check_same_run(workdir: Path, saved: dict, now: dict, config: Experiment) -> None:
-  """ValueError where what belongs to a workdir is not as it was saved: the config (JSON), and where they are known the
-  tokenizer and the rows of the corpus. Says what else of the config has changed."""
-  for name, before, after in differences(saved['config'], as_saved(config), Experiment):
-    if name.startswith(OF_THE_WORKDIR) and name not in MAY_MOVE:
+  """ValueError where what belongs to a workdir is not as it was saved: the config (JSON), stages that have begun, and where
+  they are known the tokenizer and the rows of the corpora. Says what else of the config has changed."""
+  begun = typed_json.decode(saved['config'], Experiment, 'config')
+  for name, before, after in differences(as_saved(begun), as_saved(config), Experiment):
+    if name.startswith(OF_THE_WORKDIR) and name not in MAY_MOVE or is_over(name, begun, saved.get('step')):
       raise ValueError(f'{workdir} was begun with {name}={before} and this config has {after}: '
                        'give a new --workdir, or set it back')
     say(f'changed  {name}: {before} -> {after}')
-  for what, name in (('tokenizer', 'another tokenizer'), ('rows', 'other rows')):
-    if what in now and saved[what] != now[what]:
-      raise ValueError(f'{workdir} was begun with {name} than {now["corpus"]} has: give a new --workdir, or the old '
-                       '--config.data.corpus')
+  if 'tokenizer' in now and saved['tokenizer'] != now['tokenizer']:
+    raise ValueError(f'{workdir} was begun with another tokenizer than {now["corpus"]} has: give a new --workdir, or the '
+                     'old --config.data.corpus')
+  rows = now.get('rows', {})
+  if other := [name for name in rows.keys() & saved.get('rows', {}).keys() if rows[name] != saved['rows'][name]]:
+    raise ValueError(f'{workdir} was begun with other rows than {now["corpus"]} has ({", ".join(sorted(other))}): give a '
+                     'new --workdir, or the old --config.data.corpus')
+
+
+def is_over(name: str, config: Experiment, step: int | None) -> bool:
+  """Whether a key of the config, such as stages[0].tokens, is of what a run has done by that step (None: not known)."""
+  matched = re.match(r'stages\[(\d+)\]\.(\w+)', name)
+  if not matched or matched[2] in OF_THE_MACHINE or step is None:
+    return name == 'stages'  # a run without stages, and now it has some; or the reverse
+  plan = stages.segments(config)
+  segment = plan[stages.segment_of(plan, step)]
+  return int(matched[1]) < segment.stage or int(matched[1]) == segment.stage and matched[2] not in ('tokens', 'lr')
 
 
 def as_saved(config: Experiment) -> dict[str, Any]:
@@ -285,17 +368,18 @@ def as_saved(config: Experiment) -> dict[str, Any]:
 
 def differences(before, after, cls: type) -> list[tuple[str, Any, Any]]:
   """(key, value before, value after) of each leaf in which two instances of `cls`, or the JSON of such, differ."""
-  old, new = (typed_json.flat(tree if isinstance(tree, dict) else typed_json.encode(tree, cls)) for tree in (before, after))
+  trees = (typed_json.decode(tree, cls) if isinstance(tree, dict) else tree for tree in (before, after))  # fields since then
+  old, new = (typed_json.flat(typed_json.encode(tree, cls)) for tree in trees)
   return [(name, old.get(name, 'absent'), new.get(name, 'absent')) for name in sorted(old.keys() | new.keys())
           if old.get(name, 'absent') != new.get(name, 'absent')]
 
 
-def is_done(workdir: Path, config: Experiment) -> bool:
+def is_done(workdir: Path, config: Experiment, n_steps: int) -> bool:
   """Whether the run has ended with as many steps as are asked for. ValueError if it was another run."""
   def steps_done():
     return json.loads((workdir / 'DONE').read_text())['steps'] if (workdir / 'DONE').exists() else 0
 
-  if hosts.agree('done', steps_done) < config.n_steps:
+  if hosts.agree('done', steps_done) < n_steps:
     return False
   check_same_run(workdir, {'config': json.loads((workdir / 'config.json').read_text())}, {}, config)
   return True

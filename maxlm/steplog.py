@@ -7,12 +7,12 @@ import jax
 
 from data_pipeline import loader
 from maxlm import flops, hosts
-from maxlm.config import Experiment
-from maxlm.data import mixture
-from maxlm.evals import Score, total
+from maxlm.data import Feed
+from maxlm.evals import Score
 from maxlm.hosts import say
 from maxlm.metrics import MetricsWriter, Progress, StepClock
 from maxlm.models.decoder import DecoderConfig, expert_layers
+from maxlm.stages import Segment
 from maxlm.start import write_atomically, writing_to
 
 
@@ -22,18 +22,22 @@ class StepLog:
   Every process fetches, and comes to the same conclusions; the first one writes.
   """
 
-  def __init__(self, config: Experiment, workdir, corpus: loader.Corpus, first_step: int, batch_of):
-    """batch_of: the batch that a step takes (`maxlm.spikes.Skips`)."""
-    self._config, self._workdir, self._corpus, self._batch_of = config, workdir, corpus, batch_of
-    self._sources = mixture(config.data, corpus).sources
+  def __init__(self, workdir, first_step: int, n_steps: int, batch_of):
+    """n_steps: of the run. batch_of: the batch that a step takes (`maxlm.spikes.Skips`)."""
+    self._workdir, self._batch_of = workdir, batch_of
+    self._segment = self._feed = self._config = None
     self._writer = None
     if hosts.is_first():
       with writing_to(workdir):
         self._writer = MetricsWriter(workdir, resumed_from=first_step or None)
-    self._progress, self._clock = Progress(config.n_steps), StepClock()
+    self._progress, self._clock = Progress(n_steps), StepClock()
     self._peak = flops.peak_flops(jax.devices()[0])  # FLOP/s of one device
     self._pending = None  # step, metrics on device, FLOPs
     self.trouble = None  # (step, what) where training has gone wrong: the run may not go on from there
+
+  def enter(self, segment: Segment, feed: Feed) -> None:
+    """The steps that come are of this part of the run."""
+    self._segment, self._feed, self._config, self._clock = segment, feed, segment.config, StepClock()
 
   @property
   def seconds_per_step(self) -> float | None:
@@ -53,12 +57,14 @@ class StepLog:
     metrics = jax.device_get(metrics)
     seconds = self._clock.finished(step)
     values = {name: float(metrics[name]) for name in ('loss', 'grad_norm', 'learning_rate')}
-    for source, tokens, loss in zip(self._sources, metrics['tokens_by_source'], metrics['loss_by_source']):
+    for source, tokens, loss in zip(self._feed.schedule.sources, metrics['tokens_by_source'], metrics['loss_by_source']):
       values[f'tokens/{source}'] = int(tokens)
       if tokens:
         values[f'loss/{source}'] = float(loss)
     values |= router_values(self._config.model, metrics['routers'])
-    values['skipped'] = int(metrics['skipped'])
+    values |= {f'loss_ahead/{k}': float(nll) for k, nll in enumerate(metrics['ahead'], 2)}
+    values |= {f'attention/{name}': float(value) for name, value in metrics['attention'].items()}
+    values['skipped'], values['tokens'] = int(metrics['skipped']), self._segment.tokens_at(step)
     if seconds:
       values['tokens_per_second'] = self._config.tokens_per_step / seconds
       if self._peak:
@@ -66,7 +72,7 @@ class StepLog:
     batch = '{:08x}{:08x}'.format(*metrics['batch_digest'].tolist())
     if self._writer:
       with writing_to(self._workdir):
-        self._writer.write(step, values, batch=batch)
+        self._writer.write(step, values, batch=batch, stage=self._segment.name)
       self._progress.show(step, values, seconds)
       if values['skipped']:
         self._progress.print(f'skipped  the update of step {step:,}: loss {values["loss"]:.4g}, gradient norm '
@@ -82,25 +88,32 @@ class StepLog:
     if not hosts.is_first():
       return
     index = self._batch_of(step - 1)
-    rows = loader.row_ids(self._corpus, mixture(self._config.data, self._corpus), seed=self._config.seed,
-                          batch_size=self._config.data.batch_size, step=index)
+    rows = loader.row_ids(self._feed.corpus, self._feed.schedule, seed=self._feed.seed, batch_size=self._feed.batch_size,
+                          step=0, cursor=self._feed.row(index))
     about = {'step': step, 'trouble': self.trouble[1], 'batch': index, 'batch_digest': batch, 'rows': rows,
              'values': {name: value if math.isfinite(value) else str(value) for name, value in values.items()}}
     with writing_to(self._workdir):
       write_atomically(self._workdir / f'trouble-{step}.json', json.dumps(about, indent=1) + '\n')
     say(f'trouble  at step {step:,}: {self.trouble[1]}; its rows are in {self._workdir}/trouble-{step}.json')
 
-  def evaluation(self, step: int, scores: dict[str, Score]) -> None:
-    """Records held-out loss and bits per byte of each source and of all."""
+  def evaluation(self, step: int, scores: dict[str, Score], tasks: dict[str, float], of_mean: dict[str, Score] | None = None,
+                 ended: bool = False) -> None:
+    """Records held-out loss and bits per byte by name, and what `maxlm.tasks` gave. of_mean: loss and bits per byte of the
+    running mean of the weights. ended: it is the evaluation that a stage ends with."""
     self._clock.pause()
     if not self._writer:
       return
-    scores = {**scores, 'all': total(scores)}
+    kinds = {'': scores} | ({} if of_mean is None else {'_ema': of_mean})
+    values = {f'eval/{name}{kind}/{source}': getattr(score, name) for kind, found in kinds.items()
+              for source, score in found.items() for name in ('loss', 'bits_per_byte')}
+    facts = {'stage': self._segment.name} | ({'ended': self._segment.name} if ended else {})
     with writing_to(self._workdir):
-      self._writer.write(step, {f'eval/{name}/{source}': getattr(score, name)
-                                for source, score in scores.items() for name in ('loss', 'bits_per_byte')})
-    self._progress.print(f'held out at step {step:,}: ' + '  '.join(
-      f'{source} {score.bits_per_byte:.3f}' for source, score in scores.items()) + '  bits per byte')
+      self._writer.write(step, {**values, **tasks, 'tokens': self._segment.tokens_at(step)}, **facts)
+    for kind, found in kinds.items():
+      self._progress.print(f'held out at step {step:,}{", mean of weights" * bool(kind)}: ' + '  '.join(
+        f'{source} {score.bits_per_byte:.3f}' for source, score in found.items()) + '  bits per byte')
+    if right := {name.removeprefix('eval/tasks/'): share for name, share in tasks.items() if name.startswith('eval/tasks/')}:
+      self._progress.print(f'right at step {step:,}: ' + '  '.join(f'{name} {share:.0%}' for name, share in right.items()))
 
   def goodput(self, step: int, shares: dict[str, float]) -> None:
     """Records where the time of the run has gone so far."""

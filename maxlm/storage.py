@@ -12,26 +12,26 @@ UNREACHABLE = (PermissionError, ConnectionError, TimeoutError)
 UNREACHABLE_STATUS = ('PERMISSION_DENIED', 'UNAUTHENTICATED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED')
 
 
-def checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None, transfer_bytes: int | None,
-                 newest_verified: Callable[[], int | None]):
-  """Orbax's Checkpointer, which writes a step and removes those that are not to be kept."""
+def checkpointer(directory: epath.Path, keep_last: int, keep_every: int | None, keep_steps: frozenset[int],
+                 transfer_bytes: int | None, newest_verified: Callable[[], int | None]):
+  """Orbax's Checkpointer, which writes a step and removes those that are not to be kept. Kept is also the newest step of
+  which is known that it can be read: the last ones may all be damaged the same way."""
   ocp = orbax()
   policies = ocp.training.preservation_policies
-  keep = [policies.LatestN(keep_last), _KeepVerified(newest_verified)]
+  keep = [policies.LatestN(keep_last), _Keep(lambda step: step in keep_steps), _Keep(lambda step: step == newest_verified())]
   keep += [policies.EveryNSteps(keep_every)] if keep_every else []
   return ocp.training.Checkpointer(directory, context=_context(ocp, transfer_bytes),
                                    preservation_policy=policies.AnyPreservationPolicy(keep))
 
 
-class _KeepVerified:
-  """Keeps the newest step of which is known that it can be read: the last ones may all be damaged the same way."""
+class _Keep:
+  """Keeps the steps that a function says yes to."""
 
-  def __init__(self, newest_verified):
-    self._newest_verified = newest_verified
+  def __init__(self, is_kept: Callable[[int], bool]):
+    self._is_kept = is_kept
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    newest = self._newest_verified()
-    return [saved.step == newest for saved in checkpoints]
+    return [self._is_kept(saved.step) for saved in checkpoints]
 
 
 def _context(ocp, transfer_bytes: int | None):

@@ -7,7 +7,7 @@ import jax
 import tokenizers
 
 from data_pipeline import loader
-from maxlm import lora
+from maxlm import diffusion, lora
 from maxlm.config import Experiment
 from maxlm.decode import generate
 from maxlm.metrics import duration
@@ -34,12 +34,16 @@ def sample(config: Experiment, corpus: loader.Corpus, params: Decoder) -> str:
   chats = corpus.chat_template is not None
   prompts = held_out_questions(corpus, len(PROMPTS)) if chats else [
     [corpus.bos, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in PROMPTS]
-  how = dict(temperature=0.0) if chats else dict(temperature=0.8, top_p=0.95, seed=config.seed)
+  how = dict(temperature=0.0) if chats else dict(temperature=0.8, top_p=0.95)
   compute = config.resolved(jax.default_backend())
   mesh = make_mesh(config.mesh.with_whole_rows(jax.device_count()))
   with jax.set_mesh(mesh):
     params = jax.device_put(params, jax.tree.map(lambda w: jax.NamedSharding(mesh, w.sharding.spec), params))
-    out = generate(params, config.model, compute, prompts, eos=[corpus.eot], max_tokens=64, **how)
+    known = dict(eos=[corpus.eot], max_tokens=64, seed=config.seed)
+    if config.model.mask_token is None:
+      out = generate(params, config.model, compute, prompts, **known, **how)
+    else:
+      out = diffusion.sample(params, config.model, compute, prompts, how=diffusion.Sampling(**how), **known)
   texts = [tokenizer.decode(prompt) + tokenizer.decode(ids) for prompt, ids in zip(prompts, out)]
   title = 'What it answers to held-out questions' if chats else 'What it writes (temperature 0.8, top-p 0.95)'
   return '\n'.join([f'{title}:', *(f'  {" ".join(text.split())}' for text in texts)])
@@ -68,7 +72,7 @@ def report(workdir: Path, config: Experiment, corpus: loader.Corpus, summary: di
   rows = [f'{title:28}' + ''.join(f'{name:>9}' for name in columns)]
   rows += [f'{source:28}' + ''.join(f'{column[source]:9.3f}' for column in columns.values()) for source in summary['loss']]
   return '\n'.join(['', *rows, '', samples, '',
-                    f'Finished in {duration(summary["seconds"])}. Try next:',
+                    f'Finished in {duration(summary["seconds"])}. Its plots: {workdir}/report.html. Try next:',
                     f'  python -m maxlm.generate --checkpoint={workdir} {ask}',
                     f'  python -m maxlm.evaluate --checkpoint={workdir}',
                     '  python -m maxlm.train --help'])

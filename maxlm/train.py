@@ -20,24 +20,33 @@ from typing import Any
 import jax
 
 from data_pipeline import loader
-from maxlm import compiler, flags, flops, hosts, start, typed_json
+from maxlm import compiler, ema, flags, flops, hosts, stages, start, typed_json
 from maxlm.checkpoint import Checkpoints, code_version
-from maxlm.config import Experiment, validate
-from maxlm.data import mixture, train_batches
-from maxlm.evals import Score, baselines, evaluate, total
+from maxlm.config import Experiment, describe
+from maxlm.data import Feed, train_batches
+from maxlm.dry_run import dry_run
+from maxlm.evals import baselines, evaluate, total
 from maxlm.health import CorruptCopies, Health
 from maxlm.hosts import say
+from maxlm.models.decoder import DecoderConfig
 from maxlm.redact import redact
+from maxlm.report import page
 from maxlm.saving import Saver
 from maxlm.sharding import make_mesh
 from maxlm.spikes import Skips
+from maxlm.stages import Segment
 from maxlm.start import write_atomically, writing_to
-from maxlm.step import StepConfig, TrainState, eval_step, init_state, train_step
+from maxlm.step import TrainState, begin_stage, eval_step, train_step
 from maxlm.steplog import StepLog
 from maxlm.stop import StopSignal
 from maxlm.summary import before, report, sample
+from maxlm.tasks import Tasks, tasks_of
 
 WORKDIR = flags.DEFINE_string('workdir', '', 'where the run keeps its checkpoints and logs (default: runs/<name>)')
+BRANCH = flags.DEFINE_string('branch', '', 'WORKDIR@STEP: the checkpoint of a run with stages that this run leaves, for '
+                             'those of --stages')
+STAGES = flags.DEFINE_string('stages', '', 'names of stages, with commas: a run of these only (default: all of the config)')
+DRY_RUN = flags.DEFINE_bool('dry_run', False, 'check the config, print what the run would be, and end')
 COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of the first process, where several train together and are '
                                   'not on TPU VMs, which find each other')
 PROCESSES = flags.DEFINE_integer('processes', 0, 'how many there are')
@@ -50,12 +59,16 @@ EXIT_HARDWARE = 70  # a device does not compute what the others do: the same com
 
 
 def main(config: Experiment) -> int:
+  workdir = Path(WORKDIR.value or f'runs/{config.name}')
+  if DRY_RUN.value:
+    print(dry_run(*start.settle(config, workdir, BRANCH.value, STAGES.value)))
+    return 0
   if '://' in WORKDIR.value:
     raise ValueError(f'--workdir={WORKDIR.value}: records are appended to, which a bucket cannot do: mount it (gcsfuse) '
                      'and give the path')
   hosts.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
   try:
-    code = run(config, Path(WORKDIR.value or f'runs/{config.name}'))
+    code = run(config, workdir, BRANCH.value, STAGES.value)
   except CorruptCopies as error:
     print('error:', error, file=sys.stderr)
     code = EXIT_HARDWARE
@@ -63,32 +76,34 @@ def main(config: Experiment) -> int:
   return code
 
 
-def run(config: Experiment, workdir: Path) -> int:
-  """Runs the experiment in its workdir, to its end or to a SIGTERM; returns the exit code."""
+def run(config: Experiment, workdir: Path, branch: str = '', chosen: str = '') -> int:
+  """Runs the experiment in its workdir, to its end or to a SIGTERM; returns the exit code. branch, chosen: as the flags."""
   started = time.time()
   use_compile_cache()
-  config, parent = start.settle(config, workdir)
-  validate(config, jax.default_backend(), len(jax.devices()))
-  if start.is_done(workdir, config):
-    say(f'{workdir} is finished: {config.n_steps:,} steps. To go on, raise --config.tokens; for another run, give a new '
-        '--workdir.')
+  config, parent = start.settle(config, workdir, branch, chosen)
+  stages.check(config, jax.default_backend(), len(jax.devices()))
+  plan = stages.segments(config)
+  n_steps = plan[-1].stop
+  if start.is_done(workdir, config, n_steps):
+    say(f'{workdir} is finished: {n_steps:,} steps. To go on, raise --config.tokens; for another run, give a new --workdir.')
     return 0
-  with (StopSignal() as stop, jax.set_mesh(make_mesh(config.mesh)), start.held(workdir),
+  with (StopSignal() as stop, jax.set_mesh(make_mesh(plan[0].config.mesh)), start.held(workdir),
         Health(config.health, workdir) as health, contextlib.ExitStack() as cleanup):
-    ready = stop.interruptible(set_up, config, workdir, started, health, parent)
+    ready = stop.interruptible(set_up, config, plan, workdir, started, health, parent)
     if ready is None or stop.reached():
       say(f'stopped  by {stop.requested} before a step was taken: there is nothing to save')
       return health.ends('stopped', EXIT_PREEMPTED)
     setup, state = ready
     cleanup.callback(lambda: setup.log.close())  # the last of them: a rewind begins another
     done, state = train(setup, state, stop)
-    while setup.log.trouble and not stop.requested:
-      state = rewind(setup)
-      done, state = train(setup, state, stop)
+    while not stop.requested and (setup.log.trouble or done < n_steps):
+      state = stop.interruptible(enter, setup, rewind(setup) if setup.log.trouble else next_part(setup, state, done))
+      if state is not None:
+        done, state = train(setup, state, stop)
     health.enter('checkpoint')
     setup.saver.close()
     health.enter('finish')
-    shown = stop.interruptible(finish, setup, state, stop, started)
+    shown = None if stop.requested else stop.interruptible(finish, setup, state, stop, started)
     if shown is None:
       say(f'stopped  by {stop.requested} after {done:,} steps, all saved: the same command goes on from there')
       return health.ends('stopped', EXIT_PREEMPTED)
@@ -97,81 +112,119 @@ def run(config: Experiment, workdir: Path) -> int:
     return health.ends('finished', 0)
 
 
-# -- set up: corpus, state, programs
+# -- set up: corpora, state, programs
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Setup:
-  """What a run is made of, but for its state."""
+  """What a run is made of, but for its state. Of the part that it is in: segment, feed and what follows."""
 
   config: Experiment
-  step_config: StepConfig
+  plan: tuple[Segment, ...]
+  feeds: tuple[Feed, ...]  # of each part
+  corpus: loader.Corpus  # whose held-out rows are scored throughout
   workdir: Path
-  corpus: loader.Corpus
   checkpoints: Checkpoints
   saver: Saver
   meta: dict[str, Any]  # is saved with every checkpoint
-  first_step: int  # steps that were done before
   skips: Skips  # batches that the run leaves out
-  batches: Iterator  # (what this host reads of it, device batch) of the steps to come
-  update: Any  # compiled: (state, batch) -> (state, metrics)
-  score: Any  # jitted: (params, batch) -> sums of a held-out batch
   log: StepLog
   health: Health
+  segment: Segment | None = None
+  feed: Feed | None = None
+  first_step: int = 0  # steps that were done before
+  batches: Iterator = iter(())  # (what this host reads of it, device batch) of the steps to come
+  update: Any = None  # compiled: (state, batch) -> (state, metrics)
+  score: Any = None  # jitted: (params, batch) -> sums of a held-out batch
+  tasks: Tasks | None = None
+  scorer: Any = None  # of their answers
 
 
-def set_up(config: Experiment, workdir: Path, started: float, health: Health,
+def set_up(config: Experiment, plan: tuple[Segment, ...], workdir: Path, started: float, health: Health,
            parent: start.Parent | None = None) -> tuple[Setup, TrainState]:
-  """Opens or builds the corpus, makes or restores the state on the current mesh, compiles the step."""
-  corpus = start.open_corpus(config, parent and parent.workdir)
-  step_config = config.step_config(jax.default_backend(), len(mixture(config.data, corpus).sources))
+  """Opens or builds the corpora, makes or restores the state on the mesh it is to be on, compiles the step."""
+  feeds, corpus = start.open_feeds(config, plan, parent and parent.workdir)
+  stages.check_epochs(config, stages.draws(plan, feeds))
   checkpoints = Checkpoints(workdir / 'checkpoints', keep_last=config.checkpoint.keep_last,
-                            keep_every=config.checkpoint.keep_every)
+                            keep_every=config.checkpoint.keep_every, keep_steps={s.stop for s in plan if s.is_last})
   health.enter('restore')
-  state, meta, skips = start.start_or_resume(config, step_config, workdir, checkpoints, corpus, parent)
+  state, meta, skips = start.start_or_resume(config, plan, feeds, workdir, checkpoints, parent)
   first_step = int(state.step)
-  batches = train_batches(config.data, corpus, config.seed, first_step, skips.batch_of)
-  first_batch = next(batches)
   start.write_description(config, workdir, corpus, parent)  # now that nothing in it is refused
   hours, failures = health.begin(first_step, state.params)
+  setup = Setup(
+    config=config, plan=plan, feeds=feeds, corpus=corpus, workdir=workdir, checkpoints=checkpoints, meta=meta, skips=skips,
+    saver=Saver(checkpoints, config.checkpoint, first_step, hours=hours, failures=failures, n_devices=jax.device_count(),
+                event=health.event),
+    log=StepLog(workdir, first_step, plan[-1].stop, skips.batch_of), health=health)
+  state = enter(setup, state)
+  say(f'compile  done, {time.time() - started:.1f} s after the start')
+  return setup, state
+
+
+def enter(setup: Setup, state: TrainState) -> TrainState:
+  """Makes ready for the steps that come after the state's, on its mesh: batches, and the program, which it compiles."""
+  step = int(state.step)
+  part = stages.segment_of(setup.plan, step)
+  segment, feed = setup.plan[part], setup.feeds[part]
+  config, step_config = segment.config, segment.step_config(jax.default_backend(), len(feed.schedule.sources))
+  if setup.config.stages:
+    place = f'{segment.stage + 1} of {len(setup.config.stages)}'
+    say(f'stage    {segment.name}, {place}: steps {segment.first:,} to {segment.stop:,}')
+  n_parameters = sum(w.size for w in jax.tree.leaves(state.params))
+  say(describe(config, jax.default_backend(), segment.stop - segment.first, n_parameters))
+  if segment.is_first and segment.stage and step == segment.first:
+    fresh = setup.config.stages[segment.stage].optimizer == 'fresh'
+    state = jax.jit(functools.partial(begin_stage, step_config, fresh=fresh), donate_argnums=0)(state)
+  batches = train_batches(feed, step, setup.skips.batch_of)
+  first_batch = next(batches)
   say('compile  …')
-  health.enter('compile')
+  setup.health.enter('compile')
   options = compiler.options(jax.devices()[0].device_kind)
   lowered = jax.jit(functools.partial(train_step, step_config), donate_argnums=0).lower(state, first_batch[1])
   hosts.check_equal(lambda: {
-    'jax': jax.__version__, 'the code': code_version(), 'the config': hosts.fingerprint(typed_json.dumps(config)),
-    'the corpus': hosts.fingerprint(json.dumps(corpus.contents)), 'the program': hosts.fingerprint(lowered.as_text())})
-  update = lowered.compile(compiler_options=options)
+    'jax': jax.__version__, 'the code': code_version(), 'the config': hosts.fingerprint(typed_json.dumps(setup.config)),
+    'the corpus': hosts.fingerprint(json.dumps(feed.corpus.contents)),
+    'the program': hosts.fingerprint(lowered.as_text())})
+  setup.update = lowered.compile(compiler_options=options)
   hosts.barrier('compiled')  # so that those who are quicker do not wait for the others within a program, which times out
-  log = StepLog(config, workdir, corpus, first_step, skips.batch_of)
-  saver = Saver(checkpoints, config.checkpoint, first_step, hours=hours, failures=failures,
-                n_devices=jax.device_count(), event=health.event)
-  say(f'compile  done, {time.time() - started:.1f} s after the start')
-  return Setup(config=config, step_config=step_config, workdir=workdir, corpus=corpus, checkpoints=checkpoints, saver=saver,
-               meta=meta, first_step=first_step, skips=skips, batches=itertools.chain([first_batch], batches), update=update,
-               score=jax.jit(functools.partial(eval_step, step_config.model, step_config.compute),
-                             compiler_options=options), log=log, health=health), state
+  setup.segment, setup.feed, setup.first_step = segment, feed, step
+  setup.batches = itertools.chain([first_batch], batches)
+  setup.score = jax.jit(functools.partial(eval_step, step_config.model, step_config.compute), compiler_options=options)
+  if setup.tasks is None or setup.tasks.specs != config.evals.tasks:
+    setup.tasks = tasks_of(config.evals.tasks, setup.corpus)
+  setup.scorer = config.evals.tasks and setup.tasks.scorer(config.model, step_config.compute,
+                                                           config.tokens_per_step // config.microbatches)
+  setup.log.enter(segment, feed)
+  return state
+
+
+def next_part(setup: Setup, state: TrainState, done: int) -> TrainState:
+  """The state on the mesh of the part of the run that comes next: where that is another one, by way of the checkpoint."""
+  following = setup.plan[stages.segment_of(setup.plan, done)]
+  if following.config.mesh == setup.segment.config.mesh:
+    return state
+  setup.health.enter('restore')
+  setup.checkpoints.wait()
+  return start.restore(setup.plan, setup.checkpoints, done, setup.meta)
 
 
 # -- the loop
 
 
 def train(setup: Setup, state: TrainState, stop: StopSignal) -> tuple[int, TrainState]:
-  """Evaluate, data, step, log, save, until the last step, until a stop is asked for or until training has gone wrong
-  (`setup.log.trouble`): (steps done, state). Where it has not, the state is saved.
+  """Evaluate, data, step, log, save, until the last step of this part of the run, until a stop is asked for or until
+  training has gone wrong (`setup.log.trouble`): (steps done, state). Where it has not, the state is saved.
 
-  An evaluation belongs to the steps after its checkpoint: who resumes there makes it again. What a run starts from is
-  evaluated before the first step.
+  An evaluation belongs to the steps after its checkpoint: who resumes there makes it again. What a run or a stage starts
+  from is evaluated before the first step, and what a stage leaves after its last.
   """
-  config, log, saver, health = setup.config, setup.log, setup.saver, setup.health
-  done = setup.first_step
+  segment, log, saver, health = setup.segment, setup.log, setup.saver, setup.health
+  config, done = segment.config, setup.first_step
   share = 2 / 3 if config.lora else 1  # of the work: without gradients of the weights
-  while done < config.n_steps and not stop.reached():
-    if config.is_evaluated(done):
-      log.flush()
-      health.enter('evaluation')
-      if scores := stop.interruptible(held_out, setup, state, stop):
-        log.evaluation(done, scores)
+  while done < segment.stop and not stop.reached():
+    if config.is_evaluated(done) or done == segment.first and segment.is_first and segment.stage:
+      evaluate_now(setup, state, stop, done)
     health.enter('data')
     fetched = stop.interruptible(next, setup.batches)
     if fetched is None:
@@ -185,12 +238,22 @@ def train(setup: Setup, state: TrainState, stop: StopSignal) -> tuple[int, Train
     health.steps(done, state.params, log.seconds_per_step)
     if log.trouble:
       return done, state
-    if saver.is_due(done, log.seconds_per_step):
+    if saver.is_due(done, log.seconds_per_step) and done < segment.stop:
       save(setup, state, done)
+  log.flush()
+  if done == segment.stop < setup.plan[-1].stop and segment.is_last and not log.trouble:
+    evaluate_now(setup, state, stop, done, ended=True)
   if done > saver.last:
     save(setup, state, done)
-  log.flush()
   return done, state
+
+
+def evaluate_now(setup: Setup, state: TrainState, stop: StopSignal, done: int, ended: bool = False) -> None:
+  """Scores what is held out, and records it. ended: at the end of a stage."""
+  setup.log.flush()
+  setup.health.enter('evaluation')
+  if scores := stop.interruptible(held_out, setup, state, stop):
+    setup.log.evaluation(done, *scores, ended=ended)
 
 
 def save(setup: Setup, state: TrainState, step: int) -> None:
@@ -199,8 +262,10 @@ def save(setup: Setup, state: TrainState, step: int) -> None:
   if setup.log.trouble:
     return
   setup.health.enter('checkpoint')
-  setup.saver.save(step, params=start.what_is_saved(state.params), opt=state.opt, recent=state.recent,
-                   meta={**setup.meta, 'step': step, 'cursor': setup.skips.batch_of(step) * setup.config.data.batch_size})
+  about = {'step': step, 'cursor': setup.feed.row(setup.skips.batch_of(step)), 'stage': setup.segment.name,
+           'tokens': setup.segment.tokens_at(step), 'model': typed_json.encode(setup.segment.config.model, DecoderConfig)}
+  setup.saver.save(step, params=start.what_is_saved(state.params), opt=state.opt, recent=state.recent, ema=state.ema,
+                   meta={**setup.meta, **about})
   setup.log.goodput(step, setup.health.shares())
   setup.health.enter('step')
 
@@ -228,25 +293,36 @@ def rewind(setup: Setup) -> TrainState:
   say(f'rewind   to step {to:,}, and past the batches up to that of step {at + config.spikes.jump_steps:,}')
   setup.health.event('rewind', at=at, to=to)
   setup.health.enter('restore')
-  like = jax.eval_shape(functools.partial(init_state, setup.step_config), jax.random.key(config.seed))
-  state = start.restore(config, setup.checkpoints, to, like, setup.meta)
-  setup.first_step = setup.saver.last = to
+  state = start.restore(setup.plan, setup.checkpoints, to, setup.meta)
+  setup.saver.last = to
   setup.health.steps_undone(to)
-  setup.batches = train_batches(config.data, setup.corpus, config.seed, to, setup.skips.batch_of)
   setup.log.close()
-  setup.log = StepLog(config, setup.workdir, setup.corpus, to, setup.skips.batch_of)
+  setup.log = StepLog(setup.workdir, to, setup.plan[-1].stop, setup.skips.batch_of)
   return state
 
 
-def held_out(setup: Setup, state: TrainState, stop: StopSignal) -> dict[str, Score]:
-  """Scores of the held-out rows, a microbatch at a time: that many are known to fit. KeyboardInterrupt at a stop."""
-  def score(params, batch):
+def held_out(setup: Setup, state: TrainState, stop: StopSignal) -> tuple[dict, dict[str, float], dict | None]:
+  """Scores of the held-out rows by source, and of all, a microbatch at a time: that many are known to fit. In a stage of
+  longer rows, or of another corpus, its own too: 'web@65536'. What the tasks give. And scores of the running mean of the
+  weights, where there is one. KeyboardInterrupt at a stop."""
+  def go_on():
     if stop.reached():
       raise KeyboardInterrupt
+
+  def score(params, batch):
+    go_on()
     return setup.score(params, batch)
 
-  rows = setup.config.data.batch_size // setup.config.microbatches
-  return evaluate(score, state.params, setup.corpus, setup.config.evals.rows, rows)
+  config, own = setup.segment.config, setup.feed.corpus
+  rows, params, scores = config.data.batch_size // config.microbatches, [state.params], []
+  if state.ema is not None:
+    params.append(ema.in_place(config.optim, config.model, state.params, state.ema))
+  for weights in params:
+    scores.append({})
+    for corpus, suffix in {setup.corpus: '', **({own: f'@{own.seq_len}'} if own is not setup.corpus else {})}.items():
+      found = evaluate(score, weights, corpus, config.evals.rows, rows)
+      scores[-1] |= {f'{source}{suffix}': s for source, s in {**found, 'all': total(found)}.items()}
+  return scores[0], setup.tasks(setup.scorer, state.params, go_on), scores[1] if state.ema is not None else None
 
 
 # -- the end: evaluate, compare, show
@@ -254,18 +330,19 @@ def held_out(setup: Setup, state: TrainState, stop: StopSignal) -> dict[str, Sco
 
 def finish(setup: Setup, state: TrainState, stop: StopSignal, started: float) -> str:
   """Marks the run as done; returns what a person sees of it."""
-  config = setup.config
-  scores = held_out(setup, state, stop)
-  setup.log.evaluation(config.n_steps, scores)
+  config, n_steps = setup.segment.config, setup.plan[-1].stop
+  scores, of_tasks, of_mean = held_out(setup, state, stop)
+  setup.log.evaluation(n_steps, scores, of_tasks, of_mean)
   compared = before(setup.workdir) if config.init_from else baselines(setup.corpus, config.evals.rows)
   samples = sample(config, setup.corpus, state.params)
-  summary = {'steps': config.n_steps, 'seconds': round(time.time() - started, 1),
-             **{name: {source: getattr(s, name) for source, s in {**scores, 'all': total(scores)}.items()}
+  summary = {'steps': n_steps, 'seconds': round(time.time() - started, 1),
+             **{name: {source: getattr(s, name) for source, s in scores.items() if source in compared}
                 for name in ('loss', 'bits_per_byte')},
-             'before' if config.init_from else 'baselines': compared}
+             'before' if config.init_from else 'baselines': compared, **({'tasks': of_tasks} if of_tasks else {})}
   if hosts.is_first():
     with writing_to(setup.workdir):
       write_atomically(setup.workdir / 'DONE', json.dumps(summary, indent=2) + '\n')
+      page.write(setup.workdir)
   return report(setup.workdir, config, setup.corpus, summary, samples)
 
 

@@ -7,6 +7,7 @@ inherits the platform and the compile cache.
 import contextlib
 import math
 import os
+import time
 from pathlib import Path
 
 # Before the first import of jax, here and in whatever a test starts.
@@ -32,6 +33,17 @@ os.environ.pop('XLA_FLAGS') if flags is None else os.environ.update(XLA_FLAGS=fl
 
 from maxlm.sharding import MeshConfig, make_mesh
 from tests.make_corpus import make_corpus
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser):
+  parser.addoption('--minutes', type=float, default=math.inf, help='tests that have not begun after so long are skipped')
+
+
+def pytest_runtest_setup(item):
+  if time.monotonic() - BEGAN > 60 * item.config.getoption('--minutes'):
+    pytest.skip('did not fit into --minutes')
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,4 +1,4 @@
-"""Runs a step over documents that a test makes up, without the rest of a build."""
+"""Runs a step over documents that a test makes up, without the rest of a build; and reads what steps said in a build."""
 
 import contextlib
 import pathlib
@@ -40,6 +40,20 @@ def judge(root: pathlib.Path, step, of: list[verdicts.Shard], workers: int = 1) 
 def table(root: pathlib.Path, shard: verdicts.Shard) -> pa.Table:
   """What the last step said of a shard."""
   return pq.read_table(root / shard.verdicts[-1])
+
+
+def trained(corpus: pathlib.Path, source: str = 'web') -> list[dict]:
+  """Rows of the one shard of a source, with what the last step says and the text that is trained on."""
+  path = f'{source}/00000-of-00001.parquet'
+  rows = pq.read_table(corpus / 'documents' / path).to_pylist()
+  files = sorted((corpus / 'verdicts').glob(f'*/{path}'), key=lambda file: file.stat().st_mtime_ns)
+  for row, said in zip(rows, pq.read_table(files[-1]).to_pylist()):
+    row |= said
+  shard = verdicts.Shard(source, f'documents/{path}', len(rows), (), tuple(str(file.relative_to(corpus)) for file in files))
+  for numbers, texts in verdicts.edited(corpus, shard):
+    for number, text in zip(numbers.tolist(), texts):
+      rows[number]['trained'] = text
+  return rows
 
 
 def id_of(text: str) -> str:

@@ -32,7 +32,7 @@ def inventory(pick, rows: int) -> str:
   return '\n'.join([f'Inventory no. {pick(range(1000))}', *lines])
 
 
-def make_corpus(directory: Path) -> Path:
+def make_corpus(directory: Path, seq_lens: tuple[int, ...] = (SEQ_LEN,)) -> Path:
   """Builds it in `directory`, which is returned. Documents from much shorter to several times longer than a row."""
   numbers = random.Random(0)
   pick = lambda options: options[int(numbers.random() * len(options))]  # the sequence of random() is promised to stay
@@ -43,7 +43,7 @@ def make_corpus(directory: Path) -> Path:
       for _ in range(n_documents):
         file.write(json.dumps({'text': write(pick, pick((1, 2, 3, 5, 8, 13, 21)))}) + '\n')
   sources = tuple(TextFiles(name=name, pattern=str(text / f'{name}.jsonl')) for name in ('stories', 'inventories'))
-  recipe = Recipe(name='tests', sources=sources, vocab_size=VOCAB_SIZE, seq_lens=(SEQ_LEN,), validation_fraction=0.1,
+  recipe = Recipe(name='tests', sources=sources, vocab_size=VOCAB_SIZE, seq_lens=seq_lens, validation_fraction=0.1,
                   min_bytes=20)
   return build(recipe, directory, workers=1)
 

@@ -1,6 +1,7 @@
 """A whole model at a time, for tests: its weights, its hidden states, its loss and all gradients."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -54,3 +55,18 @@ def assert_same_gradients(a: dict[str, np.ndarray], b: dict[str, np.ndarray], rt
     scale = np.abs(a[name]).max()
     assert (scale == 0) == any(word in name for word in without_gradient), f'{name}: the largest gradient is {scale}'
     np.testing.assert_allclose(b[name], a[name], atol=rtol * scale, rtol=0, err_msg=name)
+
+
+DOCUMENT_LENGTHS = 30, 3, 22, 40, 11
+DOCUMENT_STARTS = (0, 0), (0, 30), (0, 33), (1, 0), (1, 40)  # (row, place)
+
+
+def assert_packing_changes_nothing(params, packed: dict, alone: dict, model: DecoderConfig) -> None:
+  """packed: two rows of those documents; alone: the same, one a row. Hidden states of each, and the gradients."""
+  together, apart = hidden(params, packed, model), hidden(params, alone, model)
+  for (row, start), n, row_alone in zip(DOCUMENT_STARTS, DOCUMENT_LENGTHS, apart, strict=True):
+    np.testing.assert_allclose(together[row, start:start + n], row_alone[:n], atol=2e-5)
+  loss_a, grads_a = gradients(params, packed, model)
+  loss_b, grads_b = gradients(params, alone, model)
+  assert math.isclose(loss_a, loss_b, rel_tol=1e-6)
+  assert_same_gradients(grads_a, grads_b, 2e-5)

@@ -131,6 +131,8 @@ def test_the_reference_is_the_definition(mesh_of, window, softcap, with_sinks):
   (100, (4, 2), dict(softcap=1.0)),  # blocks of 48 in scans of 16, and a ragged one
   (97, (4, 2), dict(window=20)),
   (5, (2, 1), dict(window=3)),
+  (100, (4, 2), dict(causal=False, softcap=1.0)),
+  (97, (4, 2), dict(causal=False, window=20)),
 ], ids=str)
 def test_chunked_agrees_with_the_reference_in_value_and_every_gradient(mesh_of, T, heads, options):
   arrays = example(2, T, *heads)
@@ -148,9 +150,11 @@ def test_chunked_agrees_with_the_reference_at_the_sizes_it_is_used_with(mesh_of,
                  value_and_gradients(arrays, kernel='reference', window=130))
 
 
-@pytest.mark.parametrize('options', [dict(), dict(window=140, softcap=2.0)], ids=str)
-def test_splash_agrees_with_the_reference_in_value_and_every_gradient(mesh_of, options):
-  arrays = example(2, 256)
+@pytest.mark.parametrize('T, options', [
+  (256, dict()), (256, dict(window=140, softcap=2.0)),
+  (256, dict(causal=False)), (384, dict(causal=False, window=60))], ids=str)  # a third tile, which the first does not see
+def test_splash_agrees_with_the_reference_in_value_and_every_gradient(mesh_of, T, options):
+  arrays = example(2, T)
   with mesh_of(1):
     assert_close(value_and_gradients(arrays, kernel='splash', **options),
                  value_and_gradients(arrays, kernel='reference', **options), rtol=2e-5)

@@ -184,6 +184,11 @@ def folder(tmp_path_factory) -> Path:
   return folder
 
 
+def test_length_buckets_are_refused_with_conversations(folder):
+  with pytest.raises(ValueError, match='leave out length_buckets'):
+    recipe(folder, length_buckets=(100,)).validate()
+
+
 def test_a_corpus_of_chats_beside_text_says_what_was_left_out_and_its_batches_are_masked(folder, capsys):
   root = build.build(recipe(folder), folder / 'corpus', workers=1)
   said = capsys.readouterr().err

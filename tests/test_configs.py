@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from data_pipeline.pack import FIELDS
-from maxlm import typed_json
+from maxlm import dry_run, stages, typed_json
 from maxlm.config import Experiment, validate
 from maxlm.flags import load_config
 from maxlm.hf import families
@@ -25,7 +25,6 @@ from maxlm.sharding import abstract_mesh, axes, spec
 from maxlm.step import init_state, train_step
 
 ROOT = Path(__file__).parents[1]
-ARGUMENTS = ['olmo3_7b:long', 'olmo3_7b:window1024']  # whose meshes differ from their files'
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
 # As published, where the model is: by the tensors on huggingface.co, or by the config (test_hf_configs).
@@ -33,14 +32,19 @@ PARAMETERS = {
   'deepseek_v3': 671_026_419_200,
   'dense_1b': 1_140_922_368,
   'gpt_oss_120b': 116_829_156_672,
+  'hybrid_mamba_8b': 8_654_517_248,
   'llama3_70b': 70_553_706_496,
   'llama3_8b': 8_030_261_248,
+  'marin_8b': 8_030_261_248,
+  'moe_30b_a3b': 30_532_122_624,
   'moe_tiny': 5_449_088,
   'nemotron3_nano': 31_577_940_288,
   'olmo3_32b': 32_234_279_936,  # 32,233,522,176 without the 74 rows and columns that pad the vocabulary
   'olmo3_7b': 7_298_617_344,  # 7,298,011,136 without them
   'quickstart': 4_197_120,
+  'quickstart_diffusion': 4_229_888,
   'qwen3_30b_a3b': 30_532_122_624,
+  'staged_tiny': 1_312_128,
   'tiny': 231_112,
   'web_pdf_synthetic': 4_197_120,
 }
@@ -50,9 +54,20 @@ SHAPE_OF = {
 
 
 def load(name: str) -> Experiment:
-  """name: of a file, or a file and its argument as 'olmo3_7b:long'."""
-  file, colon, arg = name.partition(':')
-  return load_config(str(ROOT / 'configs' / f'{file}.py') + colon + arg)
+  """name: of a file, or a file and one of its stages as 'olmo3_7b/long', which is as that stage sees the run."""
+  file, _, stage = name.partition('/')
+  config = load_config(str(ROOT / 'configs' / f'{file}.py'))
+  return stages.flat(config, [s.name for s in config.stages].index(stage)) if stage else config
+
+
+def programs(file: str) -> list[str]:
+  """The names of what differs in a file's steps: it itself, or its stages, but for those that compile to the same."""
+  config, found = load(file), {}
+  for stage in config.stages:
+    flat = load(f'{file}/{stage.name}')
+    found.setdefault(repr((flat.model, flat.compute, flat.mesh, flat.data.seq_len, flat.data.batch_size, flat.microbatches)),
+                     f'{file}/{stage.name}')
+  return [*found.values()] or [file]
 
 
 def platform_of(config: Experiment) -> str:
@@ -90,12 +105,15 @@ def test_a_config_survives_json(name):
   assert typed_json.loads(typed_json.dumps(config), Experiment) == config
 
 
-@pytest.mark.parametrize('name', FILES + ARGUMENTS)
+PROGRAMS = [name for file in FILES for name in programs(file)]
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
 def test_a_config_is_valid_on_its_own_pod_and_type_checks_a_full_step_there(name):
   config = load(name)
   validate(config, platform_of(config), config.pod_devices)
   state, after, metrics, jaxpr = traced_step_of(name)
-  assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name.partition(':')[0]]
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[name.partition('/')[0]]
   assert jax.tree.structure(after) == jax.tree.structure(state)
   for (path, old), new in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(after)):
     assert (new.shape, new.dtype) == (old.shape, old.dtype), path
@@ -106,7 +124,7 @@ def test_a_config_is_valid_on_its_own_pod_and_type_checks_a_full_step_there(name
   assert ('pallas_call' in str(jaxpr)) == (platform_of(config) == 'tpu')
 
 
-@pytest.mark.parametrize('name', [name for name in FILES if load(name).pod])
+@pytest.mark.parametrize('name', [name for name in PROGRAMS if load(name).pod])
 def test_big_weights_are_split_over_the_whole_pod(name):
   """What a device holds of parameters and optimizer is near a devices-th of them: nothing big is replicated. (Experts'
   biases are split over `expert` alone: 0.02% of gpt-oss.)"""
@@ -128,6 +146,50 @@ def test_big_weights_are_split_over_the_whole_pod(name):
 def test_a_shape_is_that_of_the_published_config(name):
   published = json.loads((Path(__file__).parent / 'golden' / 'configs' / f'{SHAPE_OF[name]}.json').read_text())
   assert families.differences(load(name).model, families.read_config(published)[1]) == []
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_dry_run_adds_up(name, monkeypatch):
+  """Of every file: stages, rates, meshes and epochs are checked for its own machine, or for one device."""
+  config = load(name)
+  if not config.pod:
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  assert f'{PARAMETERS[name]:,} parameters' in dry_run.dry_run(config, None)
+
+
+# How the published scripts were wrong, and what is said of it: OLMo-core's 7B long stage kept the duration of pre-training
+# (issue 627); its 32B long stage loads the checkpoint of pre-training.
+@pytest.mark.parametrize('name', ['olmo3_7b', 'olmo3_32b', 'marin_8b', 'moe_30b_a3b', 'hybrid_mamba_8b'])
+def test_a_recipe_that_is_wrong_as_published_ones_were_is_refused(name):
+  config = load(name)
+  falls = [i for i, stage in enumerate(config.stages) if stage.lr.schedule == 'linear' and not stage.lr.horizon_tokens]
+  for i in falls:
+    stage = config.stages[i]
+    kept = dataclasses.replace(stage, lr=dataclasses.replace(stage.lr, horizon_tokens=config.stages[0].tokens * 2))
+    with pytest.raises(ValueError, match=rf"\('{stage.name}'\).lr: the learning rate ends at .* not at end_lr="):
+      dry_run.dry_run(with_stage(config, i, kept), None)
+    never = dataclasses.replace(stage, lr=dataclasses.replace(stage.lr, schedule='wsd'))
+    with pytest.raises(ValueError, match='the learning rate ends at .* not at end_lr='):
+      dry_run.dry_run(with_stage(config, i, never), None)
+  assert falls
+  plan = stages.segments(config)
+  end_of_first = next(segment.stop for segment in plan if segment.is_last)
+  with pytest.raises(ValueError, match=f"is in stage '{plan[0].name}', after it .* needs a checkpoint of stage"):
+    stages.branched(config, end_of_first, (config.stages[-1].name,))
+
+
+def with_stage(config: Experiment, i: int, stage) -> Experiment:
+  return dataclasses.replace(config, stages=(*config.stages[:i], stage, *config.stages[i + 1:]))
+
+
+def test_a_recipe_that_repeats_its_data_for_the_wrong_duration_is_refused():
+  """The same mistake in the tokens themselves: five trillion of a pool that has fewer."""
+  config = load('olmo3_7b')
+  longer = dataclasses.replace(config.stages[1], tokens=5_000_000_000_000,
+                               lr=dataclasses.replace(config.stages[1].lr, horizon_tokens=None, end_lr=3e-5,
+                                                      decay_tokens=5_000_000_000_000))
+  with pytest.raises(ValueError, match="source 'web' of corpora/dolma3 is read 1.27 times in this run"):
+    dry_run.dry_run(with_stage(config, 1, longer), None)
 
 
 def test_a_mesh_that_heads_do_not_divide_into_is_found():

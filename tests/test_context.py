@@ -266,4 +266,4 @@ def test_a_run_says_which_windows_are_longer_than_a_chunk(mesh_of):
   config.model.pattern = tuple(LayerSpec(mixer=AttentionSpec(**HEADS, window=w), mlp=None) for w in (33, 34))
   validate(config, 'cpu', 8)
   assert ('rows     of 8 chunks of 32 tokens, two on a device; window 33: a halo of 32; '
-          'window 34: longer than a chunk, so whole rows of keys\n') in describe(config, 'cpu', 0)
+          'window 34: longer than a chunk, so whole rows of keys\n') in describe(config, 'cpu', 1, 0)

@@ -275,7 +275,8 @@ def test_a_full_disk_leaves_nothing_trusted_and_a_rerun_goes_on(finished, text, 
 
 def test_bad_input_ends_in_one_line_that_names_the_fix(text, tmp_path, capsys):
   recipe, out = recipe_file(tmp_path, text), tmp_path / 'out'
-  assert 'quickstart, sft, web_pdf_synthetic, or the path' in fails(capsys, '--recipe=quickstrat', f'--out={out}')
+  said = fails(capsys, '--recipe=quickstrat', f'--out={out}')
+  assert 'quickstart, sft, staged_tiny, web_pdf_synthetic, or the path' in said
   assert 'there is no recipe file' in fails(capsys, '--recipe=nowhere/r.py', f'--out={out}')
   assert 'say debian or python' in fails(capsys, '--recipe=quickstart:fedora', f'--out={out}')
   assert 'takes no argument: leave out ":x"' in fails(capsys, f'--recipe={recipe}:x', f'--out={out}')

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import build, report, report_page, selection, shards
+from data_pipeline import build, pages, report, report_page, selection, shards
 from data_pipeline.decontaminate import Decontaminate
 from data_pipeline.dedup.exact import Exact
 from data_pipeline.dedup.fuzzy import Fuzzy
@@ -80,7 +80,7 @@ def recipe(folder: Path, **changes) -> Recipe:
   steps = (Filters(rules=(Language(min_score=0.3), Redact())), Exact(), Fuzzy(),
            Decontaminate(against=(f'{folder}/quiz.jsonl',)))
   settings = dict(name='audited', sources=sources, steps=steps, vocab_size=400, seq_lens=(64, 256), validation_fraction=0.2,
-                  min_bytes=20, length_buckets=(200,))
+                  min_bytes=20)
   return Recipe(**(settings | changes))
 
 
@@ -158,7 +158,7 @@ def test_each_reason_is_there_with_samples(numbers, page):
   assert expected <= set(removed), set(removed)
   for (_, reason), of in removed.items():
     assert 1 <= len(of['samples']) <= min(5, of['documents'])
-    assert all(report_page._text(sample['url']) in page for sample in of['samples']) and report_page._text(reason) in page
+    assert all(pages.escape(sample['url']) in page for sample in of['samples']) and pages.escape(reason) in page
   assert removed['filters', 'language: another']['documents'] == 20
   assert removed['contamination', 'contaminated']['samples'][0]['url'] == 'https://leak.example/?a=<b>&c="d"'
 
@@ -285,8 +285,8 @@ def test_thousands_of_shards_take_seconds(corpus, folder):
 
 def test_numbers_are_short_and_never_round_to_none_or_all():
   pairs = ((0, 5), (5, 5), (1, 10**9), (10**9 - 1, 10**9), (1, 3), (0, 0))
-  assert [report_page._share(*pair) for pair in pairs] == ['0 %', '100 %', '0.01 %', '99.99 %', '33.3 %', '0 %']
-  assert [report_page._bytes(n) for n in (0, 999, 1000, 999_700, 1_500_000, 7e15)] == \
+  assert [pages.percent(*pair) for pair in pairs] == ['0 %', '100 %', '0.01 %', '99.99 %', '33.3 %', '0 %']
+  assert [pages.size(n) for n in (0, 999, 1000, 999_700, 1_500_000, 7e15)] == \
     ['0 B', '999 B', '1 kB', '1,000 kB', '1.5 MB', '7,000 TB']
 
 

@@ -5,11 +5,13 @@ import random
 import time
 
 import corpora
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data_pipeline import tokenizer
+from data_pipeline import loader, shards, tokenizer
+from data_pipeline.build import build
 
 ODD = (' ', '  ', '\n', '\t', '\r\n', '\r', '\x0b', '\x85', '\xa0', '\u2003', '\u2028', '\u3000', '\0', '\x1c', '\ufeff',
        '\ufffd', '\ufffe', '\U0010ffff', '\ue000', '\u200d', '\u200b', '\u202e', '\u0301', '\u0338', 'e\u0301', '\u212a',
@@ -132,3 +134,24 @@ def test_a_token_that_is_spelt_in_a_text_is_one_only_where_it_is_not_special():
   check(some, texts)
   ids = [ids.tolist() for ids in tokenizer.encode(some, texts)]
   assert call['id'] in ids[0] and some.token_to_id('<|endoftext|>') not in ids[1]
+
+
+def test_texts_that_spell_special_tokens_hold_none_and_the_manifest_says_so(tmp_path):
+  folder = corpora.write_files(tmp_path / 'text')
+  (folder / 'web' / 'chat.txt').write_text('<|im_start|>user Who wrote this?<|im_end|> <|endoftext|> is spelt here. ' * 9)
+  root = build(corpora.recipe(folder), tmp_path / 'plain', workers=1)
+  with_chat = tokenizers.Tokenizer.from_file(str(root / 'tokenizer.json'))
+  with_chat.add_special_tokens(['<|im_start|>', '<|im_end|>'])
+  with_chat.save(str(tmp_path / 'tokenizer.json'))
+  root = build(corpora.recipe(folder, tokenizer=str(tmp_path / 'tokenizer.json')), tmp_path / 'chat', workers=1)
+  rows = shards.read_manifest(root)['rows']
+  assert rows and {row['special_tokens'] for row in rows} == {0}
+  corpus = loader.open_corpus(root, 32)
+  special = {with_chat.token_to_id(token) for token in ('<|im_start|>', '<|im_end|>')}
+  schedule = loader.MixtureSchedule(stages=((None, {'web': 1}),))
+  batches = [loader.batch_at(corpus, schedule, seed=0, batch_size=corpus.rows('web'), step=0),
+             *loader.validation_batches(corpus, 'web', 64)]
+  ids = np.concatenate([batch['tokens'][batch['segment_ids'] > 0] for batch in batches])
+  assert not special & set(ids.tolist()) and 'im_start' in with_chat.decode(ids.tolist())
+  is_end = ids == corpus.eot  # each begins a document or is the first of a row that goes on
+  assert is_end.sum() <= sum(len(np.unique(row)) for batch in batches for row in batch['segment_ids'])

@@ -69,12 +69,15 @@ def check_command(words: list[str]) -> list[str]:
       return [f'python -m {program[1]}: there is no such module']
   elif not program or program[0].startswith('-') or not (ROOT / program[0]).exists():
     return [f'{" ".join(words)}: there is no such file']
-  arguments = words[1 + len(program):]
+  arguments, rest = words[1 + len(program):], []
+  if '--' in arguments:  # what follows is for the command that this one starts
+    arguments, rest = arguments[:arguments.index('--')], arguments[arguments.index('--') + 1:]
   flags = [word.split('=')[0] for word in arguments if word.startswith('--') and len(word) > 2]
   configs = tuple(word for word in arguments if word.startswith('--config='))
   known = set(re.findall(r'--[\w.\-\[\]]+', help_of((*program, *configs)))) if flags else set()
-  return [f'{" ".join(program)}: --help does not know {flag}' for flag in flags
-          if flag.replace('--no', '--', 1) not in known and flag not in known]
+  unknown = [f'{" ".join(program)}: --help does not know {flag}' for flag in flags
+             if flag.replace('--no', '--', 1) not in known and flag not in known]
+  return unknown + (check_command(['python', '-m', 'maxlm.train', *configs, *rest]) if rest else [])
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -90,6 +93,8 @@ def test_a_command_that_does_not_exist_is_found():
   assert kind == 'read' and [bool(check_command(words)) for words in commands(block)] == [True, False, True]
   assert check_command(['python', 'tests/benchmarks/cpu.py', '--rounds=2', '--sleep=3']) == [
     'tests/benchmarks/cpu.py: --help does not know --sleep']
+  assert check_command(['python', '-m', 'launch.tpu', 'up', '--config=configs/tiny.py', '--', '--config.tokns=1']) == [
+    '-m maxlm.train: --help does not know --config.tokns']
   assert check_command(['pip', 'install', '--whatever']) == [] == check_command(['.venv/bin/python', '-m', 'pytest', '--x'])
 
 

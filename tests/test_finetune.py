@@ -19,7 +19,7 @@ from configs.finetune import sft
 from data_pipeline import build, chat, loader
 from data_pipeline.recipe import Recipe
 from data_pipeline.sources.chat_files import ChatFiles
-from maxlm import flags, peft, start, train, typed_json
+from maxlm import flags, peft, stages, start, train, typed_json
 from maxlm.checkpoint import Checkpoints, named_leaves
 from maxlm.config import Experiment, validate
 from maxlm.data import to_device
@@ -176,8 +176,9 @@ def config_of(home: Path, n_steps=8, **changes) -> Experiment:
 def state_of(config: Experiment, workdir: Path):
   """(state, meta) of the run before its next step, on the current mesh."""
   config, parent = start.settle(config, workdir)
-  corpus, checkpoints = loader.open_corpus(config.data.corpus, 64), Checkpoints(workdir / 'checkpoints')
-  return start.start_or_resume(config, config.step_config('cpu', 1), workdir, checkpoints, corpus, parent)[:2]
+  plan = stages.segments(config)
+  feeds, _ = start.open_feeds(config, plan, None)
+  return start.start_or_resume(config, plan, feeds, workdir, Checkpoints(workdir / 'checkpoints'), parent)[:2]
 
 
 def same(one: dict, other: dict) -> bool:
@@ -295,7 +296,9 @@ def test_a_lora_run_saves_adapters_alone_resumes_to_the_same_bits_and_is_a_model
     changed = {name for name in base if not np.array_equal(base[name], merged[name])}
     assert changed == {name for name in base if '.w_' in name}
     child, meta = state_of(dataclasses.replace(config, lora=None, init_from=str(runs / 'lora')), runs / 'child')
-    assert same(arrays(child.params), merged) and meta['lineage']['parent']['step'] == 8
+    there = arrays(load_params(Checkpoints(runs / 'lora' / 'checkpoints'), 8))  # a run is on all devices
+    assert same(arrays(child.params), there) and meta['lineage']['parent']['step'] == 8
+  with mesh_of(1):
     shutil.move(runs, tmp_path / 'moved')  # together they can be moved, and not alone
     assert same(arrays(load_params(Checkpoints(tmp_path / 'moved' / 'lora' / 'checkpoints'), 8)), merged)
     shutil.move(tmp_path / 'moved' / 'parent', tmp_path / 'gone')

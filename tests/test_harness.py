@@ -93,6 +93,11 @@ def assert_same(got, expected, tolerance=TOLERANCE):
   assert [answer[1] for answer in got] == [answer[1] for answer in expected]
 
 
+def scorer_of(model, **how):
+  scorer = Scorer(model.model, model.compute, **how)
+  return lambda pairs: scorer(model.params, pairs)
+
+
 def answers_of(scorer, pairs):
   found = dict(scorer(pairs))
   assert sorted(found) == list(range(len(pairs)))
@@ -106,7 +111,7 @@ def instances(kind, *arguments):
 def test_answers_are_those_of_a_full_forward(model, requests):
   expected = in_full(model, requests)
   assert 5 <= sum(greedy for _, greedy in expected) < len(expected)
-  assert_same(answers_of(Scorer(model, max_length=MAX_LENGTH, batch_size=4), requests), expected)
+  assert_same(answers_of(scorer_of(model, max_length=MAX_LENGTH, batch_size=4), requests), expected)
 
 
 def test_answers_do_not_depend_on_rows_batches_and_devices(model, requests, monkeypatch, mesh_of):
@@ -114,16 +119,16 @@ def test_answers_do_not_depend_on_rows_batches_and_devices(model, requests, monk
   monkeypatch.setattr(continuations, 'HELD_LOGITS', 1 << 14)
   expected = in_full(model, requests)
   for batch_size in (1, 3):
-    assert_same(answers_of(Scorer(model, max_length=MAX_LENGTH, batch_size=batch_size), requests), expected)
+    assert_same(answers_of(scorer_of(model, max_length=MAX_LENGTH, batch_size=batch_size), requests), expected)
   one = harness.fingerprint(model, 64)
   with mesh_of(data=2, fsdp=2, tensor=2) as mesh:
     split = on(mesh, model)
-    assert_same(answers_of(Scorer(split, max_length=MAX_LENGTH, batch_size=2), requests), expected)
+    assert_same(answers_of(scorer_of(split, max_length=MAX_LENGTH, batch_size=2), requests), expected)
     assert harness.fingerprint(split, 64) == one
 
 
 def test_an_answer_does_not_change_with_its_neighbours_in_the_row(model, requests):
-  scorer = Scorer(model, max_length=MAX_LENGTH, batch_size=1)
+  scorer = scorer_of(model, max_length=MAX_LENGTH, batch_size=1)
   others = [([383 - token for token in context], [383 - token for token in continuation])
             for context, continuation in requests[:40]]
   for i in (0, 17, 39):
@@ -171,7 +176,7 @@ def test_a_text_is_split_as_the_harness_says(model):
 def test_what_is_too_long_loses_its_beginning(model):
   rng = np.random.default_rng(2)
   tokens = rng.integers(1, 384, 40).tolist()
-  scorer = Scorer(model, max_length=16, batch_size=1)
+  scorer = scorer_of(model, max_length=16, batch_size=1)
   pairs = [(tokens[:n], tokens[n:n + 5]) for n in (11, 12, 13, 30)]
   assert_same(answers_of(scorer, pairs), in_full(model, [((context + end)[-17:-5], end) for context, end in pairs]))
   assert_same(answers_of(scorer, [(tokens[:9], tokens[9:25])]), in_full(model, [(tokens[8:9], tokens[9:25])]))
@@ -266,8 +271,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(model, requests, tmp_pat
   lm = harness.HarnessLM(model, batch_size=1, cache=tmp_path)
   scorer = lm.scorer
 
-  def killed(pairs):
-    for count, answer in enumerate(scorer(pairs)):
+  def killed(params, pairs):
+    for count, answer in enumerate(scorer(params, pairs)):
       if count == 20:
         raise KeyboardInterrupt
       yield answer
@@ -279,7 +284,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(model, requests, tmp_pat
   file.write_text(file.read_text()[:-9])  # and the last line was half written
   for missing in (len({json.dumps(pair) for pair in requests}) - 19, 0):
     again, n_asked = harness.HarnessLM(model, batch_size=1, cache=tmp_path), []
-    again.scorer = lambda pairs: n_asked.append(len(pairs)) or scorer(pairs)
+    again.scorer = lambda params, pairs: n_asked.append(len(pairs)) or scorer(params, pairs)
     assert_same(again._loglikelihood_tokens(asked), expected)
     assert sum(n_asked) == missing
   text = instances('generate_until', ('Two', {**GREEDY, 'max_gen_toks': 4}))

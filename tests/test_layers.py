@@ -208,7 +208,7 @@ def test_attention_is_its_definition_and_the_same_on_any_mesh(mesh_of, switch):
   segment_ids = np.repeat([[1] * 5 + [2] * 7], 4, axis=0).astype(np.int32)
 
   def run(attention, x, rows):
-    return attention(spec, x, rows._replace(kernel='chunked', norm=NORM))
+    return attention(spec, x, rows._replace(kernel='chunked', norm=NORM, causal=True))
 
   def results():
     rows = rows_of(segment_ids, spec)._replace(kernel=None, norm=None, dispatch=None)
@@ -309,6 +309,6 @@ def test_a_model_is_its_layers_one_after_the_other(mesh_of):
     for letter in 'a' + 'ab' * 4 + 'c':
       layer = next(left['abc'.index(letter)])
       spec = pattern[('a' + 'ab' * 4 + 'c').index(letter)]
-      x, _ = layer(spec, jax.device_put(x, shard('BTD')), Rows(None, None, {}, 'chunked', model.norm))
+      x, *_ = layer(spec, jax.device_put(x, shard('BTD')), Rows(None, None, {}, 'chunked', model.norm))
     expected = params.final_norm(model.norm, x) * 0.5
   np.testing.assert_allclose(got, expected, atol=1e-5)

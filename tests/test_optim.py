@@ -1,15 +1,18 @@
-"""The learning rate is the schedule's at every corner and at any scale; weight decay falls on the matrices alone."""
+"""The learning rate is the schedule's at every corner and at any scale; weight decay falls on the matrices alone; optimizers
+are their algorithms."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import tiny
 from maxlm.checkpoint import named_leaves
 from maxlm.models.decoder import Decoder
-from maxlm.optim import OptimConfig, decayed, learning_rate
+from maxlm.optim import OptimConfig, decayed, optimizer, slow_schedules
+from maxlm.schedule import learning_rate
 
 
 def rates(config: OptimConfig, tokens, total: int) -> np.ndarray:
@@ -91,3 +94,73 @@ def test_weights_decay_but_not_embeddings_norms_biases_or_sinks(mesh_of, tied):
       'mixer_post_norm.scale_D', 'mlp_pre_norm.scale_D', 'mlp_post_norm.scale_D')),
     plain + 'mixer_pre_norm.scale_D', plain + 'mlp_pre_norm.scale_D',
     post + 'mixer_post_norm.scale_D', post + 'mlp_post_norm.scale_D'}
+
+
+# -- optimizers
+
+
+def in_double(config: OptimConfig, grads: list[np.ndarray]) -> list[np.ndarray]:
+  """AdEMAMix's updates by algorithm 1 of arXiv 2409.03137, with the warm-ups of its section 3, in double precision."""
+  m1, m2, v, updates = 0.0, 0.0, 0.0, []
+  half = lambda b: np.log(0.5) / np.log(b)
+  for t, g in enumerate(grads, 1):
+    part = min(t / config.slow_warmup_steps, 1) if config.slow_warmup_steps else 1
+    b3 = 0.5 ** (1 / ((1 - part) * half(config.b1) + part * half(config.b3)))  # the half-life rises linearly
+    m1, m2 = config.b1 * m1 + (1 - config.b1) * g, b3 * m2 + (1 - b3) * g
+    v = config.b2 * v + (1 - config.b2) * g**2
+    slow = config.slow_weight * part * m2
+    updates.append((m1 / (1 - config.b1**t) + slow) / (np.sqrt(v / (1 - config.b2**t)) + config.eps))
+  return updates
+
+
+def updates_of(config: OptimConfig, grads: list[np.ndarray], name: str) -> list[np.ndarray]:
+  """Of a weight that is all zeros, so that decay does nothing; the gradients are too small to be clipped."""
+  rule, zeros, found = optimizer(config), {name: jnp.zeros(grads[0].shape)}, []
+  state = rule.init(zeros)
+  for g in grads:
+    updates, state = rule.update({name: jnp.asarray(g, jnp.float32)}, state, zeros)
+    found.append(np.asarray(updates[name]))
+  return found
+
+
+@pytest.mark.parametrize('warmup', [0, 6])
+def test_ademamix_is_its_algorithm_with_its_warm_ups(warmup):
+  rng = np.random.default_rng(0)
+  grads = [1e-3 * rng.normal(size=(2, 5)) + 1e-3 for _ in range(9)]
+  config = OptimConfig(peak_lr=1.0, optimizer='ademamix', b3=0.99, slow_weight=5.0, slow_warmup_steps=warmup)
+  for got, expected in zip(updates_of(config, grads, 'embed_VD'), in_double(config, grads)):
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+
+
+def test_the_slow_mean_begins_as_the_fast_one_and_ends_as_asked():
+  config = OptimConfig(peak_lr=1.0, optimizer='ademamix', slow_warmup_steps=1000)
+  b3, weight = slow_schedules(config)
+  assert np.log(0.5) / np.log(float(b3(jnp.int32(0)))) == pytest.approx(6.58 + (6931.1 - 6.58) / 1000, rel=1e-3)
+  assert float(weight(jnp.int32(0))) == pytest.approx(8 / 1000)
+  for done in (999, 1000, 10**6):
+    assert float(b3(jnp.int32(done))) == pytest.approx(0.9999, abs=3e-7) and float(weight(jnp.int32(done))) == 8
+  assert np.log(0.5) / np.log(float(b3(jnp.int32(499)))) == pytest.approx((6931.1 + 6.58) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize('rule', ['adamw', 'ademamix', 'muon'])
+def test_cautious_keeps_what_agrees_with_the_gradient_and_scales_it_by_what_is_lost(mesh_of, rule):
+  """Of each layer of a stack for itself; the optimizer's own state does not know."""
+  rng, name = np.random.default_rng(1), 'stacks.0.mlp.w_up_DF'
+  grads = [1e-3 * rng.normal(size=(2, 6, 5)) for _ in range(4)]
+  with mesh_of(1):
+    plain, kept = (updates_of(OptimConfig(peak_lr=1.0, optimizer=rule, cautious=on), grads, name) for on in (False, True))
+  for g, u, got in zip(grads, plain, kept):
+    agrees = u * g > 0
+    shares = agrees.mean(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(got, u * agrees / shares, rtol=1e-5)
+  assert 0.3 < shares.min() < shares.max() < 0.95 and shares[0] != shares[1]
+
+
+@pytest.mark.parametrize('changes, message', [
+  ({'optimizer': 'lion'}, "optim.optimizer='lion' is none of adamw, muon, ademamix"),
+  ({'optimizer': 'ademamix', 'b3': 0.5}, 'AdEMAMix needs 0 < b1=0.9 <= b3=0.5 < 1'),
+  ({'slow_warmup_steps': 5}, 'slow_warmup_steps=5.* set it to 0'),
+  ({'ema': 1.0}, 'optim.ema=1.0 is a decay a step: 0 .* or less than 1')])
+def test_what_has_no_meaning_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    OptimConfig(peak_lr=1.0, **changes).check(100)

@@ -12,7 +12,8 @@ from configs import tiny
 from maxlm.checkpoint import named_leaves
 from maxlm.data import to_device
 from maxlm.losses import next_token_loss
-from maxlm.optim import decayed, learning_rate
+from maxlm.optim import decayed
+from maxlm.schedule import learning_rate
 from maxlm.step import StepConfig, TrainState, eval_step, gradients, init_state, sums_by_source, train_step
 from tests.rows import pack, random_batch
 
@@ -118,6 +119,18 @@ def test_two_steps_are_adamw_in_closed_form(mesh_of):
         w[name] -= lr * (update + 0.3 * mask[name] * w[name])
   assert int(state.step) == 2
   assert_close(named_arrays(state.params), w, 1e-6)
+
+
+def test_a_lone_key_value_head_is_trained(mesh_of):
+  """Its dim of size 1 is split over `tensor`, of one device, and JAX forgets that easily."""
+  model = dataclasses.replace(tiny.get_config().model)
+  attention = dataclasses.replace(model.pattern[1].mixer, n_kv_heads=1)
+  config = step_config(model=dataclasses.replace(model, pattern=(dataclasses.replace(model.pattern[1], mixer=attention),)))
+  with mesh_of(data=2, fsdp=2):
+    state = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    new, _ = jax.eval_shape(functools.partial(train_step, config), state, to_device(uneven_batch()))
+  specs = [{name: leaf.sharding.spec for name, leaf in named_leaves(of.params).items()} for of in (state, new)]
+  assert specs[0] == specs[1]
 
 
 def test_a_step_keeps_the_types_of_the_state(mesh_of):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from filelock import FileLock
 from configs import moe_tiny, tiny
 from data_pipeline import loader
 from data_pipeline.mixture import MixtureSchedule
-from maxlm import flags, train, typed_json
+from maxlm import flags, stages, train, typed_json
 from maxlm.checkpoint import Checkpoints
 from maxlm.config import Experiment
 from maxlm.health import Health
@@ -151,7 +152,7 @@ def test_the_workdir_says_what_ran(reference, corpus):
 def test_a_step_reuses_the_memory_of_the_state_and_nothing_crosses_to_the_host(corpus, tmp_path):
   config = short_config(corpus)
   with jax.set_mesh(make_mesh(config.mesh)), Health(config.health, tmp_path) as health:
-    setup, state = train.set_up(config, tmp_path, time.time(), health)
+    setup, state = train.set_up(config, stages.segments(config), tmp_path, time.time(), health)
     batches = [next(setup.batches)[1] for _ in range(2)]
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert setup.update.memory_analysis().alias_size_in_bytes == held
@@ -318,25 +319,32 @@ def test_other_meshes_give_the_losses_of_one_device_also_when_resumed(reference,
   np.testing.assert_allclose(losses(tmp_path / 'run'), losses(reference)[:10], rtol=3e-6, atol=0)
 
 
+def stopped_and_not(config_of: Callable[[], Experiment], folder: Path, monkeypatch) -> dict:
+  """Digests of step 12 of a run that was stopped twice, and of one that was not: the same, as their records are."""
+  digests = []
+  for name, stops in (('undisturbed', ()), ('stopped', (5, 2))):
+    for after in stops:
+      with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_batches', hang_after(after))
+        assert train.run(config_of(), folder / name) == train.EXIT_PREEMPTED
+    assert train.run(config_of(), folder / name) == 0
+    digests.append(Checkpoints(folder / name / 'checkpoints').digests(12))
+  assert digests[0] == digests[1] and record(folder / 'undisturbed') == record(folder / 'stopped')
+  return digests[0]
+
+
 def test_all_that_decides_the_next_step_is_saved(corpus, tmp_path, monkeypatch):
-  """Experts that are balanced by a bias, microbatches, and the window of spikes: stopped twice, the same bits."""
-  def run(name: str, *stops: int) -> dict:
+  """Experts that are balanced by a bias, microbatches, and the window of spikes."""
+  def config():
     config = short_config(corpus)
     config.model = moe_tiny.get_config('bias').model
     config.model.vocab_size, config.model.n_layers = 512, 2
     config.data.batch_size, config.microbatches = 16, 2
     config.tokens = 12 * config.tokens_per_step
-    for after in stops:
-      with monkeypatch.context() as patch:
-        patch.setattr(train, 'train_batches', hang_after(after))
-        assert train.run(config, tmp_path / name) == train.EXIT_PREEMPTED
-    assert train.run(config, tmp_path / name) == 0
-    return Checkpoints(tmp_path / name / 'checkpoints').digests(12)
+    return config
 
-  undisturbed = run('undisturbed')
-  assert any('bias' in name for name in undisturbed['params']) and set(undisturbed) == {'params', 'opt', 'recent'}
-  assert run('stopped', 5, 2) == undisturbed
-  assert record(tmp_path / 'stopped') == record(tmp_path / 'undisturbed')
+  digests = stopped_and_not(config, tmp_path, monkeypatch)
+  assert any('bias' in name for name in digests['params']) and set(digests) == {'params', 'opt', 'recent'}
 
 
 def test_a_finished_run_goes_on_when_more_tokens_are_asked_for(short_run, corpus, tmp_path, capfd):

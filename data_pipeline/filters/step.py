@@ -109,7 +109,7 @@ def _judge_shard(root: pathlib.Path, record_name: str, key: str, step: Filters, 
     alive = np.arange(len(rows))
     for rule in step.rules:
       found = rule.judge(view.texts, alive)
-      _add(facts, found.facts)
+      verdicts.add_up(facts, found.facts)
       for name, values in found.columns.items():
         columns[name][rows[alive]] = values
       view.edit({int(alive[i]): some for i, some in found.edits.items()})
@@ -164,14 +164,6 @@ class _View:
       texts[i] = b''.join([*pieces, texts[i][at:]])
       self._origins[i] = np.concatenate([*origins, origin[at:]])
     self.texts = Texts.of(texts, self.texts.urls)
-
-
-def _add(total: dict, more: dict) -> None:
-  for name, value in more.items():
-    if isinstance(value, dict):
-      _add(total.setdefault(name, {}), value)
-    else:
-      total[name] = total.get(name, 0) + value
 
 
 def hash_of(path: str) -> str:

@@ -8,10 +8,9 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 
-from data_pipeline.recipe import Input, Raw, SourceUnavailable, Unreadable
+from data_pipeline.recipe import Input, Limits, Raw, SourceUnavailable, Unreadable
 from data_pipeline.sources.text import html_to_text
 
-_MAX_PAGE = 64 << 20  # bytes; a larger page is not documentation
 _TIMEOUT = 300  # seconds for each command
 
 
@@ -22,6 +21,7 @@ class DebianPackage:
   name: str
   packages: tuple[str, ...] = ()
   pages: str = '*/html/*.html'  # which members
+  limits: Limits = Limits()  # of a page
 
   def state(self) -> str:
     return ''  # the version that the machine's package lists name is taken, and recorded as the documents' lineage
@@ -41,7 +41,7 @@ class DebianPackage:
           for member in members:
             if member.isreg() and fnmatch.fnmatchcase(member.name, self.pages):
               url = f'deb:{package}/{member.name.removeprefix("./")}'
-              yield (Raw(url, members.extractfile(member).read()) if member.size <= _MAX_PAGE else
+              yield (Raw(url, members.extractfile(member).read()) if member.size <= self.limits.max_bytes else
                      Unreadable(url, 'too large', member.size))
       except tarfile.TarError as error:
         raise ValueError(damaged) from error

@@ -254,13 +254,18 @@ def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family:
     raise FileExistsError(f'{target} exists and is not an empty directory: give a new one')
   checkpoints, step = find(checkpoint)
   workdir, meta = Path(checkpoints.directory).parent, checkpoints.meta(step)
-  model = model_of(meta)
+  whole = model_of(meta)
+  if whole.mask_token is not None:
+    raise ValueError(f'{checkpoint} is a model of masked diffusion (mask_token={whole.mask_token}), which no family here '
+                     'can hold: use it with maxlm.generate and maxlm.evaluate')
+  model = dataclasses.replace(whole, mtp_depth=0)  # the formats have no place for what predicts further ahead
   module, config = config_for(model, meta, family)
   like, slots = parameters_of(model)
   entries = choose(module.tensors(model)) + constants_of(module, model, config)
   bound, given = bind(entries, slots)
   casts = {slot.parameter: dtype for b in bound for slot in b.slots if dtype != 'keep' and not b.layout.fp32}
-  params = parameters_in(checkpoints, step, like, casts)
+  params = parameters_in(checkpoints, step, parameters_of(whole)[0], casts)
+  params = {name: params[name] for name in like}
   for entry, slot in given:
     if not np.allclose(off_devices(params, slot), entry.values, rtol=1e-6):
       raise ValueError(f'{entry.ours} has other values than the family gives it')
@@ -277,7 +282,8 @@ def export_directory(checkpoint: str, target: Path, dtype: str = 'keep', family:
     scratch.replace(target)  # all of it or nothing
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
-  notes = [f'in bfloat16 transformers rounds elsewhere: {text}' for text in differences(model, read_config(config)[1])]
+  notes = ['the layers that predict further ahead (mtp_depth) are left out'] if whole.mtp_depth else []
+  notes += [f'in bfloat16 transformers rounds elsewhere: {text}' for text in differences(model, read_config(config)[1])]
   return Report(family=name_of(module), n_tensors=len(tensors), notes=notes,
                 n_bytes=sum(t.nbytes for t in tensors), n_parameters=sum(leaf.size for leaf in params.values()),
                 dtypes=sorted({t.dtype.name for t in tensors}), seconds=time.monotonic() - start)

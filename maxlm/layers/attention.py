@@ -14,7 +14,7 @@ from maxlm.layers.norm import Norm, NormSpec
 from maxlm.layers.param import constant, normal
 from maxlm.layers.rope import RopeSpec, rotate
 from maxlm.layers.rows import Past, Rows, rope_key
-from maxlm.ops.attention import attention, attention_reference, visible_BTS
+from maxlm.ops.attention import attention, attention_reference, max_logits_N, visible_BTS
 from maxlm.ops.einsum import einsum
 from maxlm.sharding import spec as shard
 
@@ -31,11 +31,11 @@ class QueryGrowth:
 class AttentionSpec:
   """What one attention layer computes; a kernel that cannot honour it is an error (`ops.attention.check_attention`).
 
-  window: keys a query sees, itself included (None: all before it). rope: None means no rotary positions. qk_norm: the
-  model's norm of each 'head' of queries and keys, or of 'all' heads as one vector (OLMo 2). softcap: c * tanh(scores / c).
-  sinks: a learned logit a head in the softmax's denominator (gpt-oss). gate: the output times the sigmoid of a projection
-  of the input, one factor an 'element' (Qwen3-Next) or a 'head'. scale: of the scores, None means head_dim ** -0.5.
-  out_scale: of the layer's output (Falcon-H1).
+  window: keys a query sees, itself included (None: all before it); in a model that sees both ways, so many each way.
+  rope: None means no rotary positions. qk_norm: the model's norm of each 'head' of queries and keys, or of 'all' heads as
+  one vector (OLMo 2). softcap: c * tanh(scores / c). sinks: a learned logit a head in the softmax's denominator (gpt-oss).
+  gate: the output times the sigmoid of a projection of the input, one factor an 'element' (Qwen3-Next) or a 'head'. scale:
+  of the scores, None means head_dim ** -0.5. out_scale: of the layer's output (Falcon-H1).
   """
 
   n_heads: int
@@ -117,10 +117,18 @@ class Attention(nnx.Module):
 
   def __call__(self, spec: AttentionSpec, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     """Attention within the documents of packed rows."""
+    return self._attend(spec, x_BTD, rows, *self._project(spec, x_BTD, rows))
+
+  def observed(self, spec: AttentionSpec, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The same, and {'': the largest logit of each head, [N]} (`ops.attention.max_logits_N`)."""
     q_BTNH, k_BSKH, v_BSKH = self._project(spec, x_BTD, rows)
+    top_N = max_logits_N(q_BTNH, k_BSKH, rows.segment_ids_BT, window=spec.window, scale=spec.score_scale, causal=rows.causal)
+    return self._attend(spec, x_BTD, rows, q_BTNH, k_BSKH, v_BSKH), {'': top_N}
+
+  def _attend(self, spec, x_BTD, rows, q_BTNH, k_BSKH, v_BSKH):
     out_BTNH = attention(
       q_BTNH, k_BSKH, v_BSKH, rows.segment_ids_BT, sinks_N=self.sinks_N[...] if spec.sinks else None,
-      window=spec.window, softcap=spec.softcap, scale=spec.score_scale, kernel=rows.kernel)
+      window=spec.window, softcap=spec.softcap, scale=spec.score_scale, causal=rows.causal, kernel=rows.kernel)
     return self._output(spec, x_BTD, out_BTNH)
 
   def extend(self, spec: AttentionSpec, x_BTD: jax.Array, rows: Rows, cache: Cache,

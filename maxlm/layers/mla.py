@@ -19,7 +19,7 @@ from maxlm.layers.norm import Norm, NormSpec
 from maxlm.layers.param import constant, normal
 from maxlm.layers.rope import RopeSpec, rotate
 from maxlm.layers.rows import Past, Rows, rope_key
-from maxlm.ops.attention import attention, attention_reference, gathered_TBM, visible_BTS
+from maxlm.ops.attention import attention, attention_reference, gathered_TBM, max_logits_N, visible_BTS
 from maxlm.ops.einsum import einsum
 from maxlm.sharding import axis_size
 from maxlm.sharding import spec as shard
@@ -110,6 +110,15 @@ class Mla(nnx.Module):
 
   def __call__(self, spec: MlaSpec, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     """Attention within the documents of packed rows, with keys and values of every head."""
+    return self._attend(spec, rows, *self._project(spec, x_BTD, rows))
+
+  def observed(self, spec: MlaSpec, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The same, and {'': the largest logit of each head, [N]} (`ops.attention.max_logits_N`)."""
+    q_BTNH, k, v = self._project(spec, x_BTD, rows)
+    top_N = max_logits_N(q_BTNH, k, rows.segment_ids_BT, scale=spec.score_scale, causal=rows.causal)
+    return self._attend(spec, rows, q_BTNH, k, v), {'': top_N}
+
+  def _project(self, spec, x_BTD, rows):
     q_BTNH = jnp.concatenate(self._queries(spec, x_BTD, rows), axis=-1)
     latent, k_rope = self._latents(spec, x_BTD, rows)
     S = 'BS'
@@ -119,8 +128,10 @@ class Mla(nnx.Module):
     k = einsum(f'{S}D,DNH->{S}NH', latent, self.w_k_up_DNH[...])
     v = einsum(f'{S}D,DNH->{S}NH', latent, self.w_v_up_DNH[...])
     k_rope = jnp.broadcast_to(k_rope[..., None, :], (*k.shape[:-1], spec.rope_dim), out_sharding=shard(f'{S}NH'))
-    out_BTNH = attention(q_BTNH, jnp.concatenate([k, k_rope], axis=-1), v, rows.segment_ids_BT,
-                         scale=spec.score_scale, kernel=rows.kernel)
+    return q_BTNH, jnp.concatenate([k, k_rope], axis=-1), v
+
+  def _attend(self, spec, rows, q_BTNH, k, v):
+    out_BTNH = attention(q_BTNH, k, v, rows.segment_ids_BT, scale=spec.score_scale, causal=rows.causal, kernel=rows.kernel)
     return self._output(spec, out_BTNH)
 
   def extend(self, spec: MlaSpec, x_BTD: jax.Array, rows: Rows, cache: LatentCache,

@@ -50,6 +50,13 @@ class Parallel(nnx.Module):
   def __call__(self, spec: ParallelSpec, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     return sum(mixer(part, x_BTD, rows) for mixer, part in zip(self.mixers, spec.mixers))
 
+  def observed(self, spec: ParallelSpec, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The same, and the largest logit of each head, [N], of the mixers that are attention: {'.mixers.0': …}."""
+    done = [mixer.observed(part, x_BTD, rows) if isinstance(part, AttentionSpec) else (mixer(part, x_BTD, rows), {})
+            for mixer, part in zip(self.mixers, spec.mixers)]
+    tops = {f'.mixers.{i}{name}': top_N for i, (_, tops) in enumerate(done) for name, top_N in tops.items()}
+    return sum(y_BTD for y_BTD, _ in done), tops
+
   def extend(self, spec: ParallelSpec, x_BTD: jax.Array, rows: Rows, cache: tuple, past: Past) -> tuple[jax.Array, tuple]:
     """As `__call__` for new tokens that continue those in the caches."""
     done = [mixer.extend(part, x_BTD, rows, c, past) for mixer, part, c in zip(self.mixers, spec.mixers, cache)]

@@ -16,6 +16,8 @@ class Rows(NamedTuple):
   kernel: str  # of attention: 'chunked', 'splash' or 'reference'
   norm: NormSpec  # of the model, and of queries and keys
   dispatch: Dispatch = Dispatch()  # of tokens to experts
+  causal: bool = True  # a token does not see those after it
+  max_logits: bool = False  # layers say the largest logit of each head of attention
 
 
 class Past(NamedTuple):

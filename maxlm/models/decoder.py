@@ -24,6 +24,7 @@ from maxlm.layers.mamba2 import Mamba2Spec
 from maxlm.layers.mla import MlaSpec
 from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.moe import MoeSpec
+from maxlm.layers.mtp import Ahead
 from maxlm.layers.norm import Norm, NormSpec
 from maxlm.layers.parallel import ParallelSpec
 from maxlm.layers.param import normal
@@ -69,7 +70,9 @@ class DecoderConfig:
   vocab_size: at least the tokenizer's. pattern: layer i is pattern[i % len(pattern)]. tied_embeddings: the head is the
   transposed embedding. embed_scale: factor on embeddings (Gemma: sqrt(d_model)). logits_scale: factor on logits.
   logits_softcap: c * tanh(logits / c), after the factor. norm: of layers and the end, of queries and keys. max_positions:
-  a learned vector for each position is added to the embeddings (GPT-2).
+  a learned vector for each position is added to the embeddings (GPT-2). mask_token: what stands for a token that is to be
+  filled in: attention then sees both ways, and the model is trained and used by masked diffusion (`maxlm.diffusion`).
+  mtp_depth: so many more layers like the last one, each predicting a token further ahead (`layers.mtp`), for training only.
   """
 
   vocab_size: int
@@ -82,6 +85,8 @@ class DecoderConfig:
   logits_softcap: float | None = None
   norm: NormSpec = dataclasses.field(default_factory=NormSpec)
   max_positions: int | None = None
+  mask_token: int | None = None
+  mtp_depth: int = 0
 
   @property
   def layers(self) -> list[LayerSpec]:
@@ -141,11 +146,19 @@ class Layer(nnx.Module):
       self.mlp_pre_norm = Norm(norm, d_model) if before else None
       self.mlp_post_norm = Norm(norm, d_model) if after else None
 
-  def __call__(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, RouterStats | None]:
-    """(x, what the router did, if there is one)."""
+  def __call__(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows
+               ) -> tuple[jax.Array, RouterStats | None, dict[str, jax.Array]]:
+    """(x, what the router did, if there is one, and if `rows` asks for it the largest logit of each head, [N], by the
+    place in the mixer: {'': …})."""
+    match spec.mixer:
+      case AttentionSpec() | MlaSpec() | ParallelSpec() if rows.max_logits:
+        mix = lambda h_BTD: self.mixer.observed(spec.mixer, h_BTD, rows)
+      case _:
+        mix = lambda h_BTD: (self.mixer(spec.mixer, h_BTD, rows), {})
+    tops = {}
     if spec.mixer is not None:
-      x_BTD, _ = self._mix(spec, x_BTD, rows, lambda h_BTD: (self.mixer(spec.mixer, h_BTD, rows), None))
-    return self._feed_forward(spec, x_BTD, rows)
+      x_BTD, tops = self._mix(spec, x_BTD, rows, mix)
+    return *self._feed_forward(spec, x_BTD, rows), tops
 
   def extend(self, spec: LayerSpec, x_BTD: jax.Array, rows: Rows, cache, past: Past):
     """As `__call__` for new tokens that continue those in the mixer's cache: (x, cache)."""
@@ -209,16 +222,25 @@ class Decoder(nnx.Module):
     self.stacks = nnx.List([
       jax.vmap(lambda key: Layer(config.layers[members[0]], D, config.norm, nnx.Rngs(key)))(keys_L[jnp.array(members)])
       for members in ([i for i, s in enumerate(stack_of) if s == stack] for stack in range(max(stack_of) + 1))])
+    if config.mtp_depth:
+      ahead = [nnx.Rngs(jax.random.fold_in(layer_key, config.n_layers + k)) for k in range(config.mtp_depth)]
+      self.mtp = nnx.List([Ahead(Layer(config.layers[-1], D, config.norm, rngs), D, config.norm, rngs) for rngs in ahead])
 
   def hidden(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT
              ) -> tuple[jax.Array, list[RouterStats]]:
     """(final hidden states [B, T, D] of packed rows, normalised, ready for the head; what the routers did, stacked along L,
     one for each of `expert_layers`). `compute` is resolved."""
-    rows = rows_for(config, compute, segment_ids_BT, positions_BT)
+    return self.observed(config, compute, tokens_BT, segment_ids_BT, positions_BT, max_logits=False)[:2]
+
+  def observed(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT, *,
+               max_logits: bool) -> tuple[jax.Array, list[RouterStats], dict[str, jax.Array]]:
+    """`hidden`, and if it is asked for the largest logit of each head of the layers of a stack, [L, N] in layer order, by
+    the name of the mixer whose weights it comes from: 'stacks.0.mixer'."""
+    rows = rows_for(config, compute, segment_ids_BT, positions_BT)._replace(max_logits=max_logits)
     x_BTD = jax.reshard(self.embed(config, compute, tokens_BT, positions_BT), shard(stream_dims(tokens_BT.shape[1])))
     stack_of, taken = stack_of_layer(config), [0] * len(self.stacks)
     kinds = expert_layers(config)
-    stats_of = [[] for _ in kinds]
+    stats_of, tops_of = [[] for _ in kinds], collections.defaultdict(list)
     for run in runs(config):
       members = range(run.first, run.first + run.period)
       n_of = collections.Counter(stack_of[i] for i in members)  # layers of each stack in a period
@@ -227,21 +249,43 @@ class Decoder(nnx.Module):
       def period(x_BTD, stacks, members=members, n_of=n_of, scanned=scanned):
         """One period of the run; `stacks` holds its weights and no others."""
         weights, said = {s: iter(unstack(stack, n_of[s])) for s, stack in stacks.items()}, {}
+        tops = {}
         apply = functools.cache(lambda kind: remat(  # one for all layers of a kind: then JAX traces it once
           lambda layer, x_BTD: layer(config.pattern[kind], x_BTD, rows), compute.remat, scanned))
         for i in members:
-          x_BTD, said[i] = apply(config.pattern.index(config.layers[i]))(next(weights[stack_of[i]]), x_BTD)
-        return x_BTD, [stacked([said[i] for i in members if i in layers]) for _, layers in kinds]
+          x_BTD, said[i], tops[i] = apply(config.pattern.index(config.layers[i]))(next(weights[stack_of[i]]), x_BTD)
+        return x_BTD, ([stacked([said[i] for i in members if i in layers]) for _, layers in kinds],
+                       {f'stacks.{s}.mixer': stacked([tops[i] for i in members if stack_of[i] == s]) for s in stacks})
 
-      stacks = {s: jax.tree.map(lambda w, first=taken[s], n=n: w[first:first + n * run.repeats].reshape(
-        run.repeats, n, *w.shape[1:]), self.stacks[s]) for s, n in n_of.items()}
-      x_BTD, stats = jax.lax.scan(period, x_BTD, stacks, unroll=min(compute.unroll, run.repeats))
+      stacks = {s: jax.tree.map(functools.partial(periods, first=taken[s], repeats=run.repeats, n=n), self.stacks[s])
+                for s, n in n_of.items()}
+      x_BTD, (stats, tops) = jax.lax.scan(period, x_BTD, stacks, unroll=min(compute.unroll, run.repeats))
       for of_kind, of_run in zip(stats_of, stats):
         of_kind += [jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), of_run)] if of_run else []
+      for mixer, of_run in tops.items():
+        for place, top in of_run.items():  # [periods, layers of the stack in each, N]
+          tops_of[mixer + place].append(top.reshape(-1, top.shape[-1]))
       for s, n in n_of.items():
         taken[s] += n * run.repeats
     x_BTD = jax.reshard(self._finish(config, x_BTD), shard('BTD'))
-    return x_BTD, [jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for parts in stats_of]
+    stats = [jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for parts in stats_of]
+    return x_BTD, stats, {name: jnp.concatenate(parts) for name, parts in tops_of.items()}
+
+  def ahead(self, config: DecoderConfig, compute: ComputeConfig, k: int, x_BTD, tokens_BT, segment_ids_BT, positions_BT
+            ) -> tuple[jax.Array, RouterStats | None]:
+    """From the final hidden states of `hidden` (k = 0), or of the call with k - 1, and the tokens 1 + k after those that
+    were read: the states that predict the tokens after these, ready for the head; and what the layer's router did."""
+    rows = rows_for(config, compute, segment_ids_BT, positions_BT)
+
+    def run(ahead, x_BTD, token_BTD):
+      x_BTD = jax.reshard(ahead.join(config.norm, x_BTD, token_BTD), shard(stream_dims(tokens_BT.shape[1])))
+      x_BTD, stats, _ = ahead.layer(config.layers[-1], x_BTD, rows)
+      return jax.reshard(ahead.final_norm(config.norm, x_BTD), shard('BTD')), stats
+
+    with jax.named_scope('mtp'):
+      token_BTD = self.embed(config, compute, tokens_BT, positions_BT)
+      x_BTD, stats = remat(run, compute.remat, False)(self.mtp[k], x_BTD, token_BTD)
+      return x_BTD * config.logits_scale if config.logits_scale != 1.0 else x_BTD, stats
 
   def extend(self, config: DecoderConfig, compute: ComputeConfig, tokens_BT, segment_ids_BT, positions_BT, caches: list,
              past: Past) -> tuple[jax.Array, list]:
@@ -293,7 +337,7 @@ def rows_for(config: DecoderConfig, compute: ComputeConfig, segment_ids_BT, posi
   turned = {rope_key(*rope): rope for layer in config.pattern for rope in ropes(layer.mixer)}
   tables = {key: rope_table(positions_BT, *rope) for key, rope in turned.items()}
   dispatch = Dispatch(compute.exchange, compute.capacity, compute.benchmark_routing == 'balanced', compute.experts_kernel)
-  return Rows(segment_ids_BT, positions_BT, tables, compute.kernel, config.norm, dispatch)
+  return Rows(segment_ids_BT, positions_BT, tables, compute.kernel, config.norm, dispatch, config.mask_token is None)
 
 
 def attentions(mixer: Mixer | None) -> list[AttentionSpec]:
@@ -308,9 +352,10 @@ def attentions(mixer: Mixer | None) -> list[AttentionSpec]:
 
 def kernel_needs(model: DecoderConfig) -> list[dict]:
   """What each attention layer of the pattern asks of a kernel, as `cudnn_cannot` takes it."""
-  needs = [dict(softcap=None, sinks=False, head_dim=layer.mixer.nope_dim + layer.mixer.rope_dim)
+  causal = model.mask_token is None
+  needs = [dict(softcap=None, sinks=False, head_dim=layer.mixer.nope_dim + layer.mixer.rope_dim, causal=causal)
            for layer in model.pattern if isinstance(layer.mixer, MlaSpec)]
-  return needs + [dict(softcap=spec.softcap, sinks=spec.sinks, head_dim=spec.head_dim)
+  return needs + [dict(softcap=spec.softcap, sinks=spec.sinks, head_dim=spec.head_dim, causal=causal)
                   for layer in model.pattern for spec in attentions(layer.mixer)]
 
 
@@ -407,6 +452,13 @@ def stack_sizes(config: DecoderConfig) -> list[int]:
 def stacked(trees: list) -> Any:
   """Their leaves along a new first dimension; () if there are none."""
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if trees else ()
+
+
+def periods(w: jax.Array, *, first: int, repeats: int, n: int) -> jax.Array:
+  """[L, …] -> [repeats, n, …] from a stack's layer `first` on. The sharding is said, for a reshape forgets that of dims of
+  size 1, such as a lone key-value head."""
+  return jax.lax.reshape(w[first:first + n * repeats], (repeats, n, *w.shape[1:]),
+                         out_sharding=jax.P(None, None, *jax.typeof(w).sharding.spec[1:]))
 
 
 def unstack(stack: Layer, count: int) -> list[Layer]:

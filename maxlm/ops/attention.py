@@ -1,15 +1,17 @@
-"""Causal attention over packed documents: `attention` picks a kernel, `check_attention` says what a kernel can honour.
+"""Self-attention over packed documents: `attention` picks a kernel, `check_attention` says what a kernel can honour.
 
   reference  all scores at once, the definition; tests and decoding
   chunked    blocks of queries against the keys they can see, in XLA; any platform (`chunked_attention`)
   splash     TPU Pallas kernel (`maxlm.ops.splash`)
   cudnn      cuDNN's fused kernel on NVIDIA GPUs (`maxlm.ops.cudnn`)
 
-Token i sees token j iff j <= i, i - j < window, and both are of one segment. Scores and softmax are fp32. A learned
-logit a head may sit in the denominator of the softmax ("sinks": gpt-oss, arXiv:2508.10925).
+Token i sees token j iff j <= i, i - j < window, and both are of one segment; where attention is not causal, iff
+|i - j| < window and both are of one segment. Scores and softmax are fp32. A learned logit a head may sit in the
+denominator of the softmax ("sinks": gpt-oss, arXiv:2508.10925).
 
 Rows may be split over devices, in zigzag order (`ops.context`). Then a layer with a window gets the window - 1 keys and
-values before each of a device's chunks from its neighbours; one without, or with a longer window, those of the whole row.
+values before each of a device's chunks from its neighbours; one without, with a longer window, or not causal, those of the
+whole row.
 """
 
 import functools
@@ -31,7 +33,7 @@ UNROLLED_CHUNKS, SHORTEST_CHUNK, SCAN_ROWS = 8, 128, 256
 
 
 def check_attention(kernel: str, platform: str, *, window: int | None, softcap: float | None, sinks: bool,
-                    head_dim: int, seq_len: int, dtype, chunks: int = 1) -> None:
+                    head_dim: int, seq_len: int, dtype, chunks: int = 1, causal: bool = True) -> None:
   """ValueError, in one line that names a kernel that can, if `kernel` cannot honour this attention on `platform`.
 
   chunks: into which a row is cut, two a device where devices share it.
@@ -47,7 +49,8 @@ def check_attention(kernel: str, platform: str, *, window: int | None, softcap: 
   if kernel == 'cudnn':
     if platform != 'gpu':
       raise ValueError(f"attention kernel 'cudnn' runs on gpu, not on {platform}: use 'chunked'")
-    if reason := cudnn_cannot(softcap=softcap, sinks=sinks, head_dim=head_dim, dtype=dtype, chunks=chunks):
+    if reason := cudnn_cannot(softcap=softcap, sinks=sinks, head_dim=head_dim, dtype=dtype, chunks=chunks,
+                              causal=causal):
       raise ValueError(f"attention kernel 'cudnn' {reason}: use 'chunked'")
   if kernel != 'splash':
     return
@@ -61,19 +64,21 @@ def check_attention(kernel: str, platform: str, *, window: int | None, softcap: 
     raise ValueError(f"attention kernel 'splash' takes float32 or bfloat16, not {jnp.dtype(dtype).name}: use 'chunked'")
 
 
-def cudnn_cannot(*, softcap: float | None, sinks: bool, head_dim: int, dtype, chunks: int = 1) -> str | None:
+def cudnn_cannot(*, softcap: float | None, sinks: bool, head_dim: int, dtype, chunks: int = 1,
+                 causal: bool = True) -> str | None:
   """Why cuDNN cannot honour this attention; None if it can."""
   reasons = {'has no sinks': sinks, 'has no softcap': softcap is not None,
              f'takes bfloat16 or float16, not {jnp.dtype(dtype).name}': jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16),
              f'takes heads of a multiple of 8 dims, 256 at most, not {head_dim}': head_dim % 8 or head_dim > 256,
-             'needs whole rows, and devices share them here': chunks > 1}
+             'needs whole rows, and devices share them here': chunks > 1,
+             'is used for causal attention only, and this model sees both ways (mask_token)': not causal}
   return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, *,
               sinks_N: jax.Array | None = None, window: int | None = None, softcap: float | None = None,
-              scale: float, kernel: str = 'chunked', interpret: bool = False) -> jax.Array:
-  """Causal self-attention of packed rows -> out_BTNH in the dtype of q.
+              scale: float, causal: bool = True, kernel: str = 'chunked', interpret: bool = False) -> jax.Array:
+  """Self-attention of packed rows -> out_BTNH in the dtype of q.
 
   q has N heads in groups of N/K that share one of the K heads of k and v. segment_ids: tokens of different ids do not
   see each other; padding is a segment like any other, so its rows are finite. softcap: c*tanh(score/c), before the mask.
@@ -87,13 +92,34 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_i
     run = cudnn_attention
   else:
     run = {'reference': _reference, 'chunked': chunked_attention}[kernel]
-  run = functools.partial(run, window=window, softcap=softcap, scale=scale)
+  run = functools.partial(run, window=window, softcap=softcap, scale=scale, causal=causal)
   keys = spec('BSKH' if k_BSKH.ndim == 4 else 'TBMKH')
   return jax.shard_map(
-    functools.partial(_island, run, window, 128 if kernel == 'splash' else 1),
-    in_specs=(spec('BTNH'), keys, keys, spec('BT'), spec('N')), out_specs=spec('BTNH'),
+    functools.partial(_island, run, window if causal else None, 128 if kernel == 'splash' else 1),
+    in_specs=(spec('BTNH'), (keys, keys), spec('BT'), spec('N')), out_specs=spec('BTNH'),
     check_vma=kernel != 'splash',  # the outputs of its Pallas calls do not say along which axes they vary
-  )(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N)
+  )(q_BTNH, (k_BSKH, v_BSKH), segment_ids_BT, sinks_N)
+
+
+def max_logits_N(q_BTNH: jax.Array, k_BSKH: jax.Array, segment_ids_BT: jax.Array, *, window: int | None = None,
+                 scale: float, causal: bool = True) -> jax.Array:
+  """The largest score of each head over all pairs of the batch in which a token sees another (or itself): fp32 [N], of the
+  rows of all devices.
+
+  Arguments as of `attention`. Scores are taken before a softcap and without sinks; padding (segment 0) does not count, and
+  MASKED is what there is without a token. Kernels keep their scores to themselves, so this is a product of queries and keys
+  beside them, in memory O(T * chunk). It has no gradient.
+  """
+  run = functools.partial(_chunked_max, window=window, scale=scale, causal=causal)
+
+  def island(q_BTNH, k_BSKH, segment_ids_BT):
+    top_BTN = _island(run, window if causal else None, 1, q_BTNH, (k_BSKH,), segment_ids_BT, None)
+    return jax.lax.pmax(jnp.max(top_BTN, axis=(0, 1)), axes('BT'))
+
+  keys = spec('BSKH' if k_BSKH.ndim == 4 else 'TBMKH')
+  with jax.named_scope('max_logits'):
+    return jax.shard_map(island, in_specs=(spec('BTNH'), keys, spec('BT')), out_specs=spec('N'))(
+      jax.lax.stop_gradient(q_BTNH), jax.lax.stop_gradient(k_BSKH), segment_ids_BT)
 
 
 def gathered_TBM(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -111,28 +137,32 @@ def has_halo(window: int | None, chunk: int) -> bool:
   return window is not None and window - 1 <= chunk
 
 
-def _island(run, window, unit, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, sinks_N):
-  """What a device needs of others, then the kernel; halos are in units of that many tokens."""
+def _island(run, window, unit, q_BTNH, keys, segment_ids_BT, sinks_N):
+  """What a device needs of others, then the kernel; halos are in units of that many tokens. window: how far back it sees, if
+  it does not see ahead. keys: k_BSKH and v_BSKH, or what else `run` takes after the queries."""
   if axis_size('T') == 1:
-    return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, segment_ids_BT, sinks_N, offset=0)
+    return run(q_BTNH, *keys, segment_ids_BT, segment_ids_BT, sinks_N, offset=0)
   if has_halo(window, q_BTNH.shape[1] // 2):
     halo = _round_up(window - 1, unit)
     with jax.named_scope('halo'):
-      k_BSKH, v_BSKH = (context.with_halo(x, halo) for x in (k_BSKH, v_BSKH))
+      keys = [context.with_halo(x, halo) for x in keys]
       k_segments = context.with_halo(segment_ids_BT, halo, missing=-1)
     q_BTNH, q_segments = context.as_rows(q_BTNH), context.as_rows(segment_ids_BT)
-    return context.joined(run(q_BTNH, k_BSKH, v_BSKH, q_segments, k_segments, sinks_N, offset=halo))
+    return context.joined(run(q_BTNH, *keys, q_segments, k_segments, sinks_N, offset=halo))
   with jax.named_scope('gather_kv'):
-    k_BSKH, v_BSKH = (context.gathered(x) if x.ndim == 4 else x[0] for x in (k_BSKH, v_BSKH))
+    keys = [context.gathered(x) if x.ndim == 4 else x[0] for x in keys]
     k_segments = context.gathered(segment_ids_BT)
-  return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, k_segments, sinks_N, offset=None)
+  return run(q_BTNH, *keys, segment_ids_BT, k_segments, sinks_N, offset=None)
 
 
 def visible_BTS(q_index: jax.Array, k_index: jax.Array, q_segments: jax.Array, k_segments: jax.Array,
-                window: int | None) -> jax.Array:
+                window: int | None, causal: bool = True) -> jax.Array:
   """Who sees whom: bool [B, T, S] (or what the leading dimensions of the [B, T] and [B, S] arguments broadcast to)."""
   ahead = q_index[..., :, None] - k_index[..., None, :]
-  near = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
+  if not causal:
+    near = abs(ahead) < (math.inf if window is None else window)
+  else:
+    near = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
   return near & (q_segments[..., :, None] == k_segments[..., None, :])
 
 
@@ -155,8 +185,9 @@ def attention_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
 # of; None: queries are in zigzag order and the keys are those of the whole row, in the order of the text.
 
 
-def _reference(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale):
-  mask_BTS = visible_BTS(_index(q_BTNH.shape[1], offset), jnp.arange(k_BSKH.shape[1]), q_segments_BT, k_segments_BS, window)
+def _reference(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale, causal):
+  mask_BTS = visible_BTS(_index(q_BTNH.shape[1], offset), jnp.arange(k_BSKH.shape[1]), q_segments_BT, k_segments_BS, window,
+                         causal)
   return attention_reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks_N, softcap=softcap, scale=scale)
 
 
@@ -168,32 +199,34 @@ def _index(length, offset):
 # A block of queries meets all the keys it can see at once, so its softmax needs no second pass. The backward pass makes
 # the probabilities again from the log-sum-exp, as FlashAttention does (arXiv:2205.14135, algorithm 4), and makes them
 # transposed, keys before queries: then none of its five products needs a transpose, which on a CPU costs as much as
-# the product. In the names below t and s are the queries of one block and the keys it can see.
+# the product. In the names below t and s are the queries of one block and the keys it can see; band is (window, causal).
 
 
-def chunked_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale):
-  """`attention` on one device in memory O(T * chunk). Keys outside the causal band and the window cost nothing, unless the
-  offset is None: then the program does not know where the queries are, and what a block does not see is masked."""
+def chunked_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale,
+                      causal=True):
+  """`attention` on one device in memory O(T * chunk). Keys outside the band that is seen cost nothing, unless the offset is
+  None: then the program does not know where the queries are, and what a block does not see is masked."""
   if sinks_N is not None:  # a copy for each shard of the batch, so that its gradient is the sum of theirs
     sinks_N = jax.lax.pcast(sinks_N.astype(jnp.float32), axes('BT'), to='varying')
   index_T = _index(q_BTNH.shape[1], offset)
-  return _chunked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap, scale)
+  return _chunked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, (window, causal), softcap,
+                  scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
-def _chunked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap, scale):
-  return _chunked_forward(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap,
+def _chunked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, band, softcap, scale):
+  return _chunked_forward(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, band, softcap,
                           scale)[0]
 
 
-def _chunked_forward(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, window, softcap, scale):
+def _chunked_forward(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, offset, band, softcap, scale):
   q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
-  block = functools.partial(_forward_block, sinks_N=sinks_N, window=window, softcap=softcap, scale=scale)
+  block = functools.partial(_forward_block, sinks_N=sinks_N, band=band, softcap=softcap, scale=scale)
   outs, lses = [], []
   for start, stop in query_chunks(q_BTNH.shape[1]):
     q_BKGTH, outs = jax.lax.optimization_barrier((q_BKGTH, outs))  # one after another: scores of one block live
     at = slice(start, stop)
-    seen = _keys_seen(at, q_BTNH.shape[1], k_BSKH.shape[1], offset, window)
+    seen = _keys_seen(at, q_BTNH.shape[1], k_BSKH.shape[1], offset, *band)
     queries = q_BKGTH[:, :, :, at], q_segments_BT[:, at], index_T[at]
     keys = k_BKSH[:, :, seen], v_BKSH[:, :, seen], k_segments_BS[:, seen], jnp.arange(seen.start, seen.stop)
     _, (out_BKGtH, lse_BKGt) = _over_rows(block, (), queries, (3, 1, 0), keys, (3, 3))
@@ -204,11 +237,11 @@ def _chunked_forward(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks
   return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, out_BTNH, lse_BKGT)
 
 
-def _forward_block(carry, queries, keys, *, sinks_N, window, softcap, scale):
+def _forward_block(carry, queries, keys, *, sinks_N, band, softcap, scale):
   q_BKGtH, q_segments, q_index = queries
   k_BKsH, v_BKsH, k_segments, k_index = keys
   s_BKGts = _capped(_dot('BKGtH,BKsH->BKGts', q_BKGtH, k_BKsH) * scale, softcap)
-  mask_Bts = visible_BTS(q_index, k_index, q_segments, k_segments, window)
+  mask_Bts = visible_BTS(q_index, k_index, q_segments, k_segments, *band)
   s_BKGts = jnp.where(mask_Bts[:, None, None], s_BKGts, MASKED)
   top_BKGt1 = s_BKGts.max(axis=-1, keepdims=True)
   if sinks_N is not None:
@@ -222,20 +255,20 @@ def _forward_block(carry, queries, keys, *, sinks_N, window, softcap, scale):
   return carry, (out_BKGtH.astype(q_BKGtH.dtype), (top_BKGt1 + jnp.log(total_BKGt1))[..., 0])
 
 
-def _chunked_backward(offset, window, softcap, scale, residuals, dout_BTNH):
+def _chunked_backward(offset, band, softcap, scale, residuals, dout_BTNH):
   q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, index_T, out_BTNH, lse_BKGT = residuals
   q_BKGTH, k_BKSH, v_BKSH = _heads_first(q_BTNH, k_BSKH, v_BSKH)
   dout_BKGTH, *_ = _heads_first(dout_BTNH, k_BSKH, v_BSKH)
   delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
   delta_BKGT = delta_BTN.swapaxes(1, 2).reshape(lse_BKGT.shape)
   k_BKHS = k_BKSH.swapaxes(2, 3)
-  block = functools.partial(_backward_block, window=window, softcap=softcap, scale=scale)
+  block = functools.partial(_backward_block, band=band, softcap=softcap, scale=scale)
   dk_BKSH, dv_BKSH = jnp.zeros_like(k_BKSH, jnp.float32), jnp.zeros_like(v_BKSH, jnp.float32)
   dqs = []
   for start, stop in query_chunks(q_BTNH.shape[1]):
     q_BKGTH, dout_BKGTH, dqs = jax.lax.optimization_barrier((q_BKGTH, dout_BKGTH, dqs))
     at = slice(start, stop)
-    seen = _keys_seen(at, q_BTNH.shape[1], k_BSKH.shape[1], offset, window)
+    seen = _keys_seen(at, q_BTNH.shape[1], k_BSKH.shape[1], offset, *band)
     queries = (*(x[:, :, :, at] for x in (q_BKGTH, dout_BKGTH, lse_BKGT, delta_BKGT)), q_segments_BT[:, at], index_T[at])
     keys = (k_BKSH[:, :, seen], k_BKHS[..., seen], v_BKSH[:, :, seen],
             k_segments_BS[:, seen], jnp.arange(seen.start, seen.stop))
@@ -253,11 +286,11 @@ def _chunked_backward(offset, window, softcap, scale, residuals, dout_BTNH):
   return dq_BTNH, dk_BSKH, dv_BSKH, None, None, dsinks_N, None
 
 
-def _backward_block(sums, queries, keys, *, window, softcap, scale):
+def _backward_block(sums, queries, keys, *, band, softcap, scale):
   q_BKGtH, dout_BKGtH, lse_BKGt, delta_BKGt, q_segments, q_index = queries
   k_BKsH, k_BKHs, v_BKsH, k_segments, k_index = keys
   s_BKsGt = _capped(_dot('BKsH,BKGtH->BKsGt', k_BKsH, q_BKGtH) * scale, softcap)
-  mask_Bst = visible_BTS(q_index, k_index, q_segments, k_segments, window).swapaxes(1, 2)
+  mask_Bst = visible_BTS(q_index, k_index, q_segments, k_segments, *band).swapaxes(1, 2)
   p_BKsGt = jnp.where(mask_Bst[:, None, :, None], jnp.exp(s_BKsGt - lse_BKGt[:, :, None]), 0)
   ds_BKsGt = p_BKsGt * (_dot('BKsH,BKGtH->BKsGt', v_BKsH, dout_BKGtH) - delta_BKGt[:, :, None]) * scale
   if softcap is not None:
@@ -270,6 +303,28 @@ def _backward_block(sums, queries, keys, *, window, softcap, scale):
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _chunked_max(q_BTNH, k_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, scale, causal):
+  """`max_logits_N` on one device, of each query: [B, T, N], MASKED for padding. It has no sinks."""
+  q_BKGTH, k_BKSH, _ = _heads_first(q_BTNH, k_BSKH, k_BSKH)
+  index_T = _index(q_BTNH.shape[1], offset)
+
+  def block(carry, queries, keys):
+    (q_BKGtH, q_segments, q_index), (k_BKsH, k_segments, k_index) = queries, keys
+    mask_Bts = visible_BTS(q_index, k_index, q_segments, k_segments, window, causal) & (q_segments > 0)[:, :, None]
+    s_BKGts = _dot('BKGtH,BKsH->BKGts', q_BKGtH, k_BKsH) * scale
+    return carry, jnp.where(mask_Bts[:, None, None], s_BKGts, MASKED).max(axis=-1)
+
+  tops = []
+  for start, stop in query_chunks(q_BTNH.shape[1]):
+    q_BKGTH, tops = jax.lax.optimization_barrier((q_BKGTH, tops))  # one after another, as in `_chunked_forward`
+    at = slice(start, stop)
+    seen = _keys_seen(at, q_BTNH.shape[1], k_BSKH.shape[1], offset, window, causal)
+    queries = q_BKGTH[:, :, :, at], q_segments_BT[:, at], index_T[at]
+    keys = k_BKSH[:, :, seen], k_segments_BS[:, seen], jnp.arange(seen.start, seen.stop)
+    tops.append(_over_rows(block, (), queries, (3, 1, 0), keys, 3)[1])
+  return _heads_last(jnp.concatenate(tops, axis=3)[..., None])[..., 0]
 
 
 def query_chunks(seq_len: int) -> list[tuple[int, int]]:
@@ -294,12 +349,13 @@ def _over_rows(block, carry, queries, dims, keys, out_dims):
   return carry, jax.tree.map(join, outs, out_dims)
 
 
-def _keys_seen(at: slice, n_queries: int, n_keys: int, offset: int | None, window: int | None) -> slice:
+def _keys_seen(at: slice, n_queries: int, n_keys: int, offset: int | None, window: int | None, causal: bool) -> slice:
   """The keys that a block of queries sees, and no others that can be told; from an index that keeps slices aligned."""
   if offset is None:  # of a device's two chunks the first is in the first half of the row
-    return slice(0, n_keys // 2 if at.stop <= n_queries // 2 else n_keys)
+    return slice(0, n_keys // 2 if causal and at.stop <= n_queries // 2 else n_keys)
   first = 0 if window is None else max(0, offset + at.start - window + 1) // SHORTEST_CHUNK * SHORTEST_CHUNK
-  return slice(first, offset + at.stop)
+  ahead = 0 if causal else n_keys if window is None else window - 1
+  return slice(first, min(n_keys, offset + at.stop + ahead))
 
 
 def _round_up(x: int, multiple: int) -> int:

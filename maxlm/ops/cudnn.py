@@ -24,9 +24,10 @@ from maxlm.ops.attention import chunked_attention
 DOCUMENTS = 32
 
 
-def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale):
+def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale,
+                    causal=True):
   """`ops.attention.attention` on one device, of queries and keys of whole rows."""
-  assert offset == 0 and sinks_N is None and softcap is None, 'refused by check_attention'
+  assert offset == 0 and sinks_N is None and softcap is None and causal, 'refused by check_attention'
   most = documents(q_segments_BT).max()
   ways = (functools.partial(_causal, window=window, scale=scale), functools.partial(_packed, window=window, scale=scale),
           functools.partial(_chunked, window=window, scale=scale))

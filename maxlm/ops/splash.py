@@ -20,7 +20,7 @@ from maxlm.sharding import axes, axis_size
 
 
 def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale,
-                     interpret=False):
+                     causal=True, interpret=False):
   """`ops.attention.attention` on one device. interpret: run the kernel's Python on a CPU, for tests."""
   assert not interpret or jax.default_backend() == 'cpu', 'an interpreted kernel is for tests on a CPU'
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -35,11 +35,12 @@ def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks
     offset, S = offset + pad, S + pad
   starts = tuple(_starts(X, chunk, offset))
   q_index = context.index(T) if offset is None else offset + jnp.arange(T, dtype=jnp.int32)
-  infos = [_mask_info(visits(starts, chunk, S, *tile, window, of_keys), q_index)
+  infos = [_mask_info(visits(starts, chunk, S, *tile, window, of_keys, causal), q_index)
            for tile, of_keys in ((tiles.forward, False), (tiles.dq, False), (tiles.dkv, True))]
   kernel = kernels.SplashAttentionKernel(
     *infos, block_sizes=block_sizes(tiles), is_mqa=False, save_residuals=False, mask_value=kernels.DEFAULT_MASK_VALUE,
-    attn_logits_soft_cap=softcap, residual_checkpoint_name='attn_out', mask_function=_sees(window), interpret=interpret)
+    attn_logits_soft_cap=softcap, residual_checkpoint_name='attn_out', mask_function=_sees(window, causal),
+    interpret=interpret)
 
   def example(q_TNH, k_SKH, v_SKH, q_segments_T, k_segments_S):
     q_NTH = (q_TNH * scale).astype(q_TNH.dtype).swapaxes(0, 1)
@@ -70,7 +71,7 @@ def _starts(X, chunk, offset):
 
 @functools.lru_cache
 def visits(starts: tuple[tuple[int, ...], ...], chunk: int, n_keys: int, q_tile: int, k_tile: int, window: int | None,
-           of_keys: bool) -> tuple[np.ndarray, np.ndarray]:
+           of_keys: bool, causal: bool = True) -> tuple[np.ndarray, np.ndarray]:
   """(which tile to meet, whether it is there) for each device, tile and step: int16 [X, 1, query tiles, steps].
 
   Each tile of queries goes in `steps` over the tiles of keys it sees. of_keys: each tile of keys over those of queries that
@@ -78,9 +79,11 @@ def visits(starts: tuple[tuple[int, ...], ...], chunk: int, n_keys: int, q_tile:
   """
   first_q = np.array([[start + i for start in run for i in range(0, chunk, q_tile)] for run in starts])[:, :, None]
   first_k = np.arange(0, n_keys, k_tile)
-  sees = first_k <= first_q + q_tile - 1
+  sees = (first_k <= first_q + q_tile - 1) | (not causal)
   if window is not None:
     sees &= first_q - (first_k + k_tile - 1) < window
+  if window is not None and not causal:
+    sees &= first_k - (first_q + q_tile - 1) < window
   if of_keys:
     sees = sees.swapaxes(1, 2)
   count = sees.sum(axis=2, keepdims=True)
@@ -98,8 +101,10 @@ def _mask_info(visited, q_index):
 
 
 @functools.lru_cache
-def _sees(window):
+def _sees(window, causal):
   """The mask as a function of indices; the same object each time, since it is part of the key of a compiled program."""
+  if not causal:
+    return lambda q_index, k_index: abs(q_index - k_index) < (1 << 30 if window is None else window)
   if window is None:
     return lambda q_index, k_index: q_index >= k_index
   return lambda q_index, k_index: (q_index >= k_index) & (q_index - k_index < window)

@@ -21,6 +21,7 @@ from maxlm import flags
 
 TOPOLOGY = flags.DEFINE_string('topology', '', "the slice, such as v5p:4x4x4 or v5e:16x16 (default: the config's pod)")
 SLICES = flags.DEFINE_integer('slices', 1, 'slices of that shape, connected by the data-centre network')
+STAGE = flags.DEFINE_string('stage', '', 'of a config with stages, the one to plan (default: the first)')
 PRICE = flags.DEFINE_float('price', None, 'dollars for a chip and an hour; with it, the cost of 1T tokens')
 PLOT = flags.DEFINE_string('plot', '', 'file for a timeline of the training step: .html or .svg')
 SEARCH = flags.DEFINE_bool('search', False, 'try meshes, microbatches and remat policies, and print the best few')
@@ -32,11 +33,17 @@ HLO = flags.DEFINE_string('hlo', '', 'file for the compiled training step; the e
 def main(config) -> int:
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError("planning needs the TPU compiler: pip install 'maxlm[plan]'")
+  from maxlm import stages
   from maxlm.plan import program, report, topology
   if PLOT.value and not PLOT.value.endswith(('.html', '.svg')):
     raise ValueError(f'--plot={PLOT.value}: a picture is .html or .svg')
   if not (TOPOLOGY.value or config.pod):
     raise ValueError('this config names no pod: give --topology=v5p:4x4x4, or another slice')
+  known = [stage.name for stage in config.stages]
+  if STAGE.value and STAGE.value not in known:
+    raise ValueError(f'--stage={STAGE.value}: this config has {", ".join(known) or "no stages"}')
+  if known:
+    config = stages.flat(config, known.index(STAGE.value) if STAGE.value else 0)
   where = topology.parse(TOPOLOGY.value or config.pod, SLICES.value)
   if SEARCH.value:
     from maxlm.plan import search

@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 from data_pipeline import documents
-from data_pipeline.recipe import Limits
 from data_pipeline.sources.debian import DebianPackage
 from data_pipeline.sources.warc import Warc
 
@@ -79,7 +78,7 @@ def measure(peer: str = '', packages=('python3.11-doc', 'postgresql-doc-15'), ro
     unit, = source.fetch(Path(folder))
     for i in range(rounds):
       started = time.process_time()
-      facts = documents.write_shards(Path(folder), f'd{i}', 'key', source, unit, f'web/{i}', Limits())
+      facts = documents.write_shards(Path(folder), f'd{i}', 'key', source, unit, f'web/{i}')
       times.append(time.process_time() - started + facts['facts']['nanoseconds'] / 1e9)
     rows = [_row('ours: archive to Parquet', n_pages, n_bytes, facts['bytes'], min(times))]
     if peer:

@@ -23,7 +23,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.sharding import MeshConfig, make_mesh
 
 
-def one_a_row(scorer: Scorer, requests, rows: int, in_order: bool) -> dict:
+def one_a_row(scorer: Scorer, params, requests, rows: int, in_order: bool) -> dict:
   """Answers with rows of one request each, `rows` at a time."""
   inputs = [np.array([*context, *continuation][:-1], np.int32) for context, continuation in requests]
   targets = [np.array(continuation, np.int32) for _, continuation in requests]
@@ -32,7 +32,7 @@ def one_a_row(scorer: Scorer, requests, rows: int, in_order: bool) -> dict:
   for start in range(0, len(inputs), rows):
     batch = list(order)[start:start + rows]
     longest = max(len(inputs[i]) for i in batch)
-    answers |= scorer._answer([[i] for i in batch], rows, longest + -longest % 32, inputs, targets, riders)
+    answers |= scorer._answer(params, [[i] for i in batch], rows, longest + -longest % 32, inputs, targets, riders)
   return answers
 
 
@@ -54,10 +54,11 @@ def main():
     model = Model(model=config.model, config=config, compute=config.compute.resolve(jax.default_backend()), params=params,
                   tokenizer=None, tokenizer_text=None, bos=0, begins=True, eos=(0,), max_length=2048, step=0)
     print(f'{len(requests)} requests, {n_tokens} tokens, {jax.devices()[0].device_kind}, d_model {args.d_model}')
-    scorer = Scorer(model, max_length=2048, batch_size=2)
+    scorer = Scorer(model.model, model.compute, max_length=2048, batch_size=2)
     rows = continuations.rows_at_a_time(scorer.batch_size, args.most + 12)
-    ways = {name: lambda name=name: one_a_row(scorer, requests, rows, name == 'arrival') for name in ('arrival', 'sorted')}
-    ways['packed'] = lambda: dict(scorer(requests))
+    ways = {name: lambda name=name: one_a_row(scorer, params, requests, rows, name == 'arrival')
+            for name in ('arrival', 'sorted')}
+    ways['packed'] = lambda: dict(scorer(params, requests))
     times = {name: [] for name in ways}
     for turn in range(args.rounds + 1):
       for name, way in ways.items():
