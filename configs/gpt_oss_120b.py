@@ -39,7 +39,7 @@ def get_config(arg: str = '') -> Experiment:
     name='gpt_oss_120b',
     pod='v5p:4x4x4',
     model=DecoderConfig(vocab_size=201_088, d_model=2880, n_layers=36, pattern=(sliding, full), norm=NormSpec(eps=1e-5)),
-    compute=ComputeConfig(remat='attention'),
+    compute=ComputeConfig(remat='experts'),
     mesh=MeshConfig(expert=4),
     data=DataConfig(corpus='corpora/gpt_oss_120b', seq_len=8192, batch_size=128),
     optim=OptimConfig(peak_lr=3e-4, schedule='wsd', warmup_tokens=2_000_000_000, decay_tokens=200_000_000_000),

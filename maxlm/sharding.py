@@ -33,6 +33,7 @@ RULES = {
   'U': ('context', 'tensor'),  # time between sublayers
   'S': ('context',),  # time of keys
   'E': ('expert',),  # experts
+  'Z': ('expert', 'fsdp'),  # experts whose weights are stored whole (`maxlm.layers.moe`)
   'N': ('tensor',),  # query heads
   'K': ('tensor',),  # key-value heads
   'F': ('tensor',),  # hidden width of the MLP

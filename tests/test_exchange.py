@@ -94,8 +94,9 @@ def test_rows_of_pairs_are_sums_with_the_gradients_of_sums(case, rows):
 
   def by_rows(x_CD, weights_CJ):
     order = ops.sort_pairs(experts_CJ, E, rows)
-    y_RD = jnp.where(jnp.arange(rows)[:, None] < used, ops.to_rows(x_CD, order) * factors_RD, jnp.nan)
-    return ops.from_rows(y_RD, weights_CJ, order)
+    y_RD = ops.to_rows(x_CD, order) * factors_RD * ops.weights_of_rows(weights_CJ, order)
+    y_RD = jnp.where(jnp.arange(rows)[:, None] < used, y_RD, jnp.nan)
+    return ops.from_rows(y_RD, order)
 
   def plain(x_CD, weights_CJ):
     order_P = np.argsort(experts_CJ.reshape(-1), kind='stable')[:used]
@@ -109,6 +110,32 @@ def test_rows_of_pairs_are_sums_with_the_gradients_of_sums(case, rows):
   values = [jax.jit(functools.partial(results, f))(x_CD, weights_CJ, dout_CD) for f in (by_rows, plain)]
   for actual, expected in zip(*values):
     np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@cases
+@pytest.mark.parametrize('rows', [1, 7, C * J])
+def test_rounds_are_parts_of_the_whole(case, rows):
+  """Their sum, and its gradients, are those of all rows at once; there are as many as it takes, and one where there is
+  nothing to do."""
+  experts_CJ, rng = chosen(case)[3], np.random.default_rng(2)
+  x_CD, dout_CD, weights_CJ = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((C, 5), (C, 5), (C, J)))
+  order = ops.sort_pairs(experts_CJ, E, -(-C * J // rows) * rows)
+
+  def of_round(i, order, args):
+    x_CD, weights_CJ = args
+    here = ops.order_of_round(order, i, rows)
+    expert_R = jnp.searchsorted(jnp.cumsum(here.sizes_E), jnp.arange(rows), side='right')
+    y_RD = ops.to_rows(x_CD, here) * (expert_R + 1.0)[:, None] * ops.weights_of_rows(weights_CJ, here)
+    return ops.from_rows(y_RD, here)
+
+  n = ops.n_rounds(order.sizes_E, rows)
+  assert n == -(-int((experts_CJ < E).sum()) // rows)
+  y_CD, pull = jax.vjp(lambda *args: ops.in_rounds(of_round, n, order, args), x_CD, weights_CJ)
+  factor_CJ = np.where(experts_CJ < E, experts_CJ + 1.0, 0)
+  np.testing.assert_allclose(y_CD, x_CD * (factor_CJ * weights_CJ).sum(axis=1, keepdims=True), atol=1e-5)
+  dx_CD, dweights_CJ = pull(dout_CD)
+  np.testing.assert_allclose(dx_CD, dout_CD * (factor_CJ * weights_CJ).sum(axis=1, keepdims=True), atol=1e-5)
+  np.testing.assert_allclose(dweights_CJ, factor_CJ * (x_CD * dout_CD).sum(axis=1, keepdims=True), atol=1e-4)
 
 
 @pytest.mark.parametrize('rows', [5, 12, 17, 18, 40])
@@ -141,6 +168,12 @@ def test_buffers_hold_the_worst_case_or_what_they_are_allowed():
   assert ops.buffer_rows(100, 4, 8, 2, None) == 1600  # but no more than there are
   assert ops.buffer_rows(100, 4, 8, 16, 1.25) == 500
   assert ops.buffer_rows(100, 4, 8, 2, 100.0) == 1600
+
+
+def test_a_round_takes_a_quarter_more_than_the_mean_if_there_can_be_so_much():
+  assert ops.round_rows(100, 4, 8, 16, None) == 500
+  assert ops.round_rows(100, 4, 8, 16, 1.0) == 400
+  assert ops.round_rows(100, 4, 1, 128, None) == 400
 
 
 def dropping(spec, moe, x, exchange, capacity):

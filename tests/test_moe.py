@@ -12,6 +12,7 @@ from maxlm.layers.mlp import MlpSpec
 from maxlm.layers.moe import MoeSpec, every_expert
 from maxlm.layers.router import route, router_logits
 from maxlm.layers.rows import Rows
+from maxlm.models.decoder import remat
 from maxlm.ops.exchange import Dispatch
 from maxlm.optim import decayed
 from maxlm.sharding import spec as shard
@@ -143,6 +144,18 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh_of, name, 
   with mesh_of(8, **sizes):
     many = values_and_gradients(apply(spec, dispatch=Dispatch(exchange)), perturbed(spec, D), x)
   assert_close(many, one, 2e-6, NO_GRADIENT)
+
+
+@pytest.mark.parametrize('policy, kept', [('full', False), ('experts', True)])
+def test_what_is_kept_of_experts_on_several_devices_changes_no_gradient(mesh_of, capsys, policy, kept):
+  """Rounds are computed again or kept by name, as everything else is."""
+  spec, x = SPECS['gpt-oss'], example(B=8, T=3)
+  layer = apply(spec)
+  with mesh_of(expert=4):
+    moe = perturbed(spec, D)
+    assert_close(values_and_gradients(remat(layer, policy, False), moe, x), values_and_gradients(layer, moe, x), 1e-6)
+    jax.ad_checkpoint.print_saved_residuals(remat(layer, policy, False), moe, jax.device_put(x, shard('BTD')))
+  assert ('output of shard_map' in capsys.readouterr().out) == kept
 
 
 @pytest.mark.parametrize('groups, kept', [(1, 1), (2, 1), (4, 2), (4, 4), (8, 3)])

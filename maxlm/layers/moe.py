@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.layers.mlp import Mlp, MlpSpec, hidden
 from maxlm.layers.norm import NormSpec
@@ -23,8 +24,8 @@ from maxlm.layers.param import constant, normal
 from maxlm.layers.router import RouterStats, route, router_logits, router_stats
 from maxlm.layers.rows import Rows
 from maxlm.ops import exchange as ops
-from maxlm.ops.einsum import einsum, scatter, split_axes
-from maxlm.ops.grouped_matmul import grouped_matmul
+from maxlm.ops.einsum import einsum, row_major, scatter, split_axes
+from maxlm.ops.grouped_matmul import bias_of_rows, grouped_matmul
 from maxlm.sharding import axes, axis_size
 from maxlm.sharding import spec as shard
 
@@ -106,20 +107,21 @@ class Moe(nnx.Module):
 
   def __init__(self, spec: MoeSpec, d_model: int, rngs: nnx.Rngs):
     E, D, F, R = spec.n_experts, spec.latent or d_model, spec.experts.d_ff, spec.latent
+    EDF, EFD, EF, ED = (stored(dims, E) for dims in ('EDF', 'EFD', 'EF', 'ED'))
     self.w_router_DE = normal(rngs, 'DE', (d_model, E), d_model**-0.5)
     if spec.router_bias:
       self.b_router_E = constant('E', (E,), 0.0)
     if spec.select_bias:
       self.select_bias_E = constant('E', (E,), 0.0)
-    self.w_up_EDF = normal(rngs, 'EDF', (E, D, F), D**-0.5)
+    self.w_up_EDF = normal(rngs, EDF, (E, D, F), D**-0.5)
     if spec.experts.gated:
-      self.w_gate_EDF = normal(rngs, 'EDF', (E, D, F), D**-0.5)
-    self.w_down_EFD = normal(rngs, 'EFD', (E, F, D), F**-0.5)
+      self.w_gate_EDF = normal(rngs, EDF, (E, D, F), D**-0.5)
+    self.w_down_EFD = normal(rngs, EFD, (E, F, D), F**-0.5)
     if spec.experts.bias:
-      self.b_up_EF = constant('EF', (E, F), 0.0)
+      self.b_up_EF = constant(EF, (E, F), 0.0)
       if spec.experts.gated:
-        self.b_gate_EF = constant('EF', (E, F), 0.0)
-      self.b_down_ED = constant('ED', (E, D), 0.0)
+        self.b_gate_EF = constant(EF, (E, F), 0.0)
+      self.b_down_ED = constant(ED, (E, D), 0.0)
     if spec.latent is not None:
       self.w_latent_in_DR = normal(rngs, 'DR', (d_model, R), d_model**-0.5)
       self.w_latent_out_RD = normal(rngs, 'RD', (R, d_model), R**-0.5)
@@ -138,7 +140,7 @@ class Moe(nnx.Module):
     def island(x_BTD, u_BTD, segment_ids_BT, router, experts):
       x_CD, u_CD = x_BTD.reshape(-1, x_BTD.shape[-1]), u_BTD.reshape(-1, u_BTD.shape[-1])
       with jax.named_scope('router'):
-        router = {name: _whole(name, axes('BT'), jnp.float32, w) for name, w in router.items()}
+        router = {name: _whole(_dims(name), axes('BT'), jnp.float32, w) for name, w in router.items()}
         logits_CE = router_logits(x_CD, router['w_router_DE'], router.get('b_router_E'))
         weights_CJ, experts_CJ, scores_CE = route(spec, logits_CE, router.get('select_bias_E'), rows.dispatch.balanced)
         chosen_CJ = jnp.where(segment_ids_BT.reshape(-1, 1) > 0, experts_CJ, spec.n_experts)
@@ -146,7 +148,8 @@ class Moe(nnx.Module):
         stats = router_stats(logits_CE, scores_CE, chosen_CJ, jnp.sum(kept_CJ != chosen_CJ, axis=1), segment_ids_BT > 0)
       with jax.named_scope('experts'):
         others = tuple(axis for axis in axes('BT') if axis not in axes('E'))
-        experts = {name: _whole(name, others, u_CD.dtype, w) for name, w in _joined(experts).items()}
+        experts = {name: _whole(stored(_dims(name), spec.n_experts), others, u_CD.dtype, w)
+                   for name, w in _joined(experts).items()}
         if 'b_down_ED' in experts:
           experts['b_down_ED'] = jnp.where(jax.lax.axis_index(axes('F')) == 0, experts['b_down_ED'], 0)
       u_CD, weights_CJ = jax.lax.pcast((u_CD, weights_CJ), axes('F'), to='varying')  # here, where they are C rows and not P
@@ -156,7 +159,8 @@ class Moe(nnx.Module):
 
     y_BTD, stats = jax.shard_map(
       island, in_specs=(shard('BTD'), shard('BTD'), shard('BT'),
-                        *({name: shard(_dims(name)) for name in w} for w in (router, experts))),
+                        {name: shard(_dims(name)) for name in router},
+                        {name: shard(stored(_dims(name), spec.n_experts)) for name in experts}),
       out_specs=(shard('BTD'), RouterStats(*(shard(_dims(name)) for name in RouterStats._fields))))(
         x_BTD, u_BTD, jax.reshard(rows.segment_ids_BT, shard('BT')), router, experts)
     if spec.latent is not None:
@@ -192,77 +196,92 @@ def _within_capacity(spec, dispatch, experts_CJ):
 
 
 def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, rows=None) -> jax.Array:
-  """The weighted sum [C, D] of the outputs of each token's experts, those of w: rows of pairs, sorted by expert."""
+  """The weighted sum [C, D] of the outputs of each token's experts, those of w: rows of pairs, sorted by expert. rows: of a
+  round."""
+  rows = experts_CJ.size if rows is None else rows
   with jax.named_scope('dispatch'):
-    order = ops.sort_pairs(experts_CJ, w['w_in_EDF'].shape[0], experts_CJ.size if rows is None else rows)
-    x_RD = ops.to_rows(x_CD, order)
-  y_RD = sorted_mlp(spec, w, x_RD, order.sizes_E, kernel)
-  with jax.named_scope('combine'):
-    return ops.from_rows(y_RD, weights_CJ, order)
+    order = ops.sort_pairs(experts_CJ, w['w_in_EDF'].shape[0], -(-experts_CJ.size // rows) * rows)
+
+  def of_order(order, args):
+    x_CD, weights_CJ, w = args
+    with jax.named_scope('dispatch'):
+      x_RD, weights_R1 = ops.to_rows(x_CD, order), ops.weights_of_rows(weights_CJ, order)
+    y_RD = sorted_mlp(spec, w, x_RD, weights_R1, order.sizes_E, kernel)
+    with jax.named_scope('combine'):
+      return ops.from_rows(y_RD, order)
+
+  if rows == experts_CJ.size:
+    return of_order(order, (x_CD, weights_CJ, w))
+  return ops.in_rounds(lambda i, order, args: of_order(ops.order_of_round(order, i, rows), args),
+                       ops.n_rounds(order.sizes_E, rows), order, (x_CD, weights_CJ, w))
 
 
 def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same where the experts are on several devices: each gets the tokens of all, and the sum of what all make of them is
   scattered to where they came from."""
   experts, devices = w['w_in_EDF'].shape[0], axis_size('E')
+  tokens, k = experts_CJ.shape
   with jax.named_scope('dispatch'):
-    x_CD, weights_CJ, experts_CJ = (jax.lax.all_gather(a, axes('E'), tiled=True) for a in (x_CD, weights_CJ, experts_CJ))
+    x_CD, weights_CJ, experts_CJ = (row_major(jax.lax.all_gather(a, axes('E'), tiled=True))
+                                    for a in (x_CD, weights_CJ, experts_CJ))
     mine_CJ = experts_CJ - experts * jax.lax.axis_index(axes('E'))
     mine_CJ = jnp.where((mine_CJ >= 0) & (mine_CJ < experts), mine_CJ, experts)
-  rows = ops.buffer_rows(x_CD.shape[0] // devices, mine_CJ.shape[1], devices, experts, capacity)
-  y_CD = sorted_experts(spec, w, x_CD, weights_CJ, mine_CJ, kernel, rows)
+  y_CD = sorted_experts(spec, w, x_CD, weights_CJ, mine_CJ, kernel, ops.round_rows(tokens, k, devices, experts, capacity))
   with jax.named_scope('combine'):
-    return jax.lax.psum_scatter(y_CD, axes('E'), tiled=True)
+    return row_major(jax.lax.psum_scatter(row_major(y_CD), axes('E'), tiled=True))
 
 
 def sent_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same by all-to-all: each pair's row goes to the device of its expert, and its output comes back."""
   (experts, *_), devices = w['w_in_EDF'].shape, axis_size('E')
+  rows, most = (n(*experts_CJ.shape, devices, experts, capacity) for n in (ops.round_rows, ops.buffer_rows))
   with jax.named_scope('dispatch'):
     order = ops.sort_pairs(experts_CJ, experts * devices, experts_CJ.size)
     slices = ops.slices_of(order.sizes_E)
-    there_RD = ops.exchange(ops.to_rows(x_CD, order), slices,
-                            ops.buffer_rows(*experts_CJ.shape, devices, experts, capacity))
-  y_RD = sorted_mlp(spec, w, there_RD, slices.got_XL.sum(axis=0), kernel)
+    there_RD, weights_R1 = (ops.exchange(a, slices, -(-most // rows) * rows) for a in (
+      ops.to_rows(x_CD, order), ops.weights_of_rows(weights_CJ, order)))
+
+  def of_round(i, sizes_E, args):
+    there_RD, weights_R1, w = args
+    here = (jax.lax.dynamic_slice_in_dim(a, i * rows, rows) for a in (there_RD, weights_R1))
+    y_RD = sorted_mlp(spec, w, *here, ops.sizes_of_round(sizes_E, i, rows), kernel)
+    return jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(there_RD), y_RD, i * rows, axis=0)
+
+  got_E = slices.got_XL.sum(axis=0)
+  y_RD = (sorted_mlp(spec, w, there_RD, weights_R1, got_E, kernel) if rows == most else
+          ops.in_rounds(of_round, ops.n_rounds(got_E, rows), got_E, (there_RD, weights_R1, w)))
   with jax.named_scope('combine'):
-    return ops.from_rows(ops.exchange(y_RD, slices.back(), experts_CJ.size), weights_CJ, order)
+    return ops.from_rows(ops.exchange(y_RD, slices.back(), experts_CJ.size), order)
 
 
-def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, sizes_E, kernel) -> jax.Array:
-  """Each row through the expert it belongs to -> [R, D]; rows past the sum of sizes_E are undefined."""
+def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, weights_R1, sizes_E, kernel) -> jax.Array:
+  """Each row through the expert it belongs to, times its weight -> [R, D]; rows past the sum of sizes_E are undefined.
 
-  R, stop_E = x_RD.shape[0], jnp.cumsum(sizes_E)
-  row_R1 = jnp.arange(R)[:, None]
-  is_of_RE = (row_R1 < stop_E) & (row_R1 >= stop_E - sizes_E)
-
-  def project(x_RD, w_EDF, b_EF):
-    y_RF = grouped_matmul(x_RD, w_EDF, sizes_E, kernel=kernel)
-    if b_EF is None:
-      return y_RF
-    b_RF = jnp.einsum('RE,EF->RF', is_of_RE.astype(y_RF.dtype), b_EF, precision='highest')  # b_EF[expert] has a scatter back
-    return jnp.where(row_R1 < stop_E[-1], y_RF + b_RF, 0)  # undefined rows must not reach the gradient of the bias
-
+  The hidden layer is multiplied by the weights, in fp32, not what comes out: then the gradient needs no outputs.
+  """
   with jax.named_scope('experts'):
-    return _mlp(spec, w, project, x_RD)
+    in_RF = checkpoint_name(grouped_matmul(x_RD, w['w_in_EDF'], sizes_E, w.get('b_in_EF'), kernel=kernel), 'experts_in')
+    hidden_RF = (_hidden(spec, in_RF).astype(jnp.float32) * weights_R1).astype(in_RF.dtype)
+    y_RD = grouped_matmul(hidden_RF, w['w_down_EFD'], sizes_E, kernel=kernel)
+    return y_RD + bias_of_rows(w['b_down_ED'], sizes_E, weights_R1) if 'b_down_ED' in w else y_RD
 
 
 def every_expert(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ) -> jax.Array:
   """What they are to equal, as it is defined: every expert on every token, times a weight that is mostly zero."""
   E = w['w_in_EDF'].shape[0]
 
-  def project(x_ECD, w_EDF, b_EF):
-    y_ECF = jnp.einsum('ECD,EDF->ECF', x_ECD, w_EDF)
+  def project(dims, x, w_EDF, b_EF):
+    y_ECF = jnp.einsum(dims, x, w_EDF)
     return y_ECF if b_EF is None else y_ECF + b_EF[:, None]
 
-  y_ECD = _mlp(spec, w, project, jnp.broadcast_to(x_CD, (E, *x_CD.shape)))
+  hidden_ECF = _hidden(spec, project('CD,EDF->ECF', x_CD, w['w_in_EDF'], w.get('b_in_EF')))
+  y_ECD = project('ECF,EFD->ECD', hidden_ECF, w['w_down_EFD'], w.get('b_down_ED'))
   weights_CE = jnp.einsum('CJ,CJE->CE', weights_CJ, jax.nn.one_hot(experts_CJ, E))
   return jnp.einsum('ECD,CE->CD', y_ECD, weights_CE).astype(x_CD.dtype)
 
 
-def _mlp(spec, w, project, x):
-  in_F = project(x, w['w_in_EDF'], w.get('b_in_EF'))
-  up, gate = jnp.split(in_F, 2, axis=-1) if spec.gated else (in_F, None)
-  return project(hidden(spec, up, gate), w['w_down_EFD'], w.get('b_down_ED'))
+def _hidden(spec, in_F):
+  return hidden(spec, *jnp.split(in_F, 2, axis=-1)) if spec.gated else hidden(spec, in_F, None)
 
 
 def _joined(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -275,21 +294,28 @@ def _joined(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return {name: jnp.concatenate(ws, axis=-1) if len(ws) > 1 else ws[0] for name, ws in parts.items()}
 
 
+def stored(dims: str, n_experts: int) -> str:
+  """Letters by which a weight of experts is split where it is stored: experts over fsdp too ('ZDF' for 'EDF') where there
+  are enough of them, so that whole matrices travel; else the width. A part of a matrix that is no multiple of a TPU's tile
+  is copied into another layout after each gather and before each scatter."""
+  return dims.replace('E', 'Z') if n_experts % axis_size('Z') == 0 else dims
+
+
 def _dims(name: str) -> str:
   """'w_up_EDF' -> 'EDF'."""
   return name.rsplit('_', 1)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _whole(name, summed, dtype, w):
+def _whole(dims, summed, dtype, w):
   """Inside an island: the weight cast, then gathered over those of the mesh axes `summed` that split it; on the others of
   them different tokens meet the same part. Its gradient is the sum over all of these."""
-  split = [tuple(axis for axis in split_axes(_dims(name), i) if axis in summed) for i in range(w.ndim)]
+  split = [tuple(axis for axis in split_axes(dims, i) if axis in summed) for i in range(w.ndim)]
   w = jax.lax.pcast(w.astype(dtype), tuple(axis for axis in summed if axis not in sum(split, ())), to='varying')
   for i, of_dim in enumerate(split):
     w = jax.lax.all_gather(w, of_dim, axis=i, tiled=True) if of_dim else w
   return w
 
 
-_whole.defvjp(lambda name, summed, dtype, w: (_whole(name, summed, dtype, w), jnp.zeros((), w.dtype)),
-              lambda name, summed, dtype, like, dw: (scatter(_dims(name), dw, summed).astype(like.dtype),))
+_whole.defvjp(lambda dims, summed, dtype, w: (_whole(dims, summed, dtype, w), jnp.zeros((), w.dtype)),
+              lambda dims, summed, dtype, like, dw: (scatter(dims, dw, summed).astype(like.dtype),))

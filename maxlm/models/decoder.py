@@ -99,8 +99,9 @@ class ComputeConfig:
 
   dtype: of activations and of weights in use (None: bfloat16 on accelerators, float32 on CPU). kernel: of attention
   (None: splash on TPU, cudnn on GPU where it can honour the model, else chunked). remat: what is kept for the backward pass:
-  'none' means everything, 'products' what products with weights and attention give, 'attention' what attention gives,
-  'full' only a layer's input. unroll: periods of layers a scan step holds.
+  'none' means everything, 'products' what products with weights and attention give, 'experts' what attention and the
+  products into experts give, 'attention' what attention gives, 'full' only a layer's input. unroll: periods of layers a
+  scan step holds.
   experts_kernel: of the products with experts (None: pallas on TPU, tokamax on GPU, blocked on CPU; `ops.grouped_matmul`).
   exchange: of tokens between the devices of mesh.expert: 'gather' brings all tokens to all of them, 'all_to_all' each to the
   devices of its experts (None: what takes less time, `ops.exchange.exchange_for`).
@@ -111,7 +112,7 @@ class ComputeConfig:
 
   dtype: Literal['float32', 'bfloat16'] | None = None
   kernel: Literal['reference', 'chunked', 'splash', 'cudnn'] | None = None
-  remat: Literal['none', 'products', 'attention', 'full'] = 'none'
+  remat: Literal['none', 'products', 'experts', 'attention', 'full'] = 'none'
   unroll: int = 1
   experts_kernel: Literal['blocked', 'pallas', 'tokamax', 'ragged_dot'] | None = None
   exchange: Literal['gather', 'all_to_all'] | None = None
@@ -421,10 +422,10 @@ def remat(function, policy: str, scanned: bool):
   """`function` with a say in what its backward pass keeps. A scan has two loops, forward and backward: no CSE to prevent."""
   if policy == 'none':
     return function
-  saved = {'full': jax.checkpoint_policies.nothing_saveable,
-           'attention': jax.checkpoint_policies.save_only_these_names('attn_out', 'attn_lse'),
-           'products': jax.checkpoint_policies.save_only_these_names('attn_out', 'attn_lse', 'product')}[policy]
-  return jax.checkpoint(function, policy=saved, prevent_cse=not scanned)
+  attention = 'attn_out', 'attn_lse'
+  names = {'full': (), 'attention': attention, 'experts': (*attention, 'experts_in'),
+           'products': (*attention, 'experts_in', 'product')}[policy]
+  return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=not scanned)
 
 
 def stack_of_layer(config: DecoderConfig) -> list[int]:

@@ -6,8 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.sharding import axes, axis_size, spec
+
+LANES = 128  # of a TPU's registers. Heads that do not fill them are multiplied as one wide matrix: else half of it is idle
 
 
 class Adapted(NamedTuple):
@@ -30,7 +33,24 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
   x_dims, w_dims, out_dims = _split(dims)
   if isinstance(w, Adapted):
     return _adapted(x_dims, w_dims, out_dims, x, w)
-  return checkpoint_name(_product(dims, x, w), 'product')
+  heads = next((pair for pair in ('NH', 'KH') if pair in w_dims), '')
+  inner, outer = (x_dims, out_dims) if heads in x_dims else (out_dims, x_dims)
+  if heads and heads in inner and heads[0] not in outer and w.shape[w_dims.index('H')] % LANES:
+    flat = _product(dims.replace(heads, 'F'), _merged(x_dims, heads, x), _merged(w_dims, heads, w))
+    n_heads, width = (w.shape[w_dims.index(dim)] for dim in heads)
+    y = flat if outer is out_dims else jax.lax.reshape(flat, (*flat.shape[:-1], n_heads, width), out_sharding=spec(out_dims))
+  else:
+    y = _product(dims, x, w)
+  return checkpoint_name(y, 'product')
+
+
+def _merged(dims, heads, a):
+  """Heads and their dims as one: the heads of one device are neighbours, so nothing moves between devices."""
+  if heads not in dims:
+    return a
+  i = dims.index(heads)
+  return jax.lax.reshape(a, (*a.shape[:i], a.shape[i] * a.shape[i + 1], *a.shape[i + 2:]),
+                         out_sharding=spec(dims.replace(heads, 'F')))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,7 +59,13 @@ def _product(dims, x, w):
   tiles, and the matrix unit waits: 1.6 times the cycles by its own count, where a pass of its own costs a tenth."""
   _, w_dims, out_dims = _split(dims)
   x = jax.lax.optimization_barrier(x)
-  return jnp.einsum(dims, x, _gathered(w_dims, w, x.dtype), out_sharding=spec(out_dims))
+  return row_major(jnp.einsum(dims, x, _gathered(w_dims, w, x.dtype), out_sharding=spec(out_dims)))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """An array whose last dim is no multiple of LANES, kept in rows: a TPU's compiler would turn it around, and back wherever
+  somebody needs rows."""
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if x.shape[-1] % LANES else x
 
 
 def _forward(dims, x, w):
@@ -53,6 +79,7 @@ def _backward(dims, residuals, dy):
   (x, w), (x_dims, w_dims, out_dims) = residuals, _split(dims)
   dy = jax.lax.optimization_barrier(dy)
   dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', dy, _gathered(w_dims, w, dy.dtype), out_sharding=spec(x_dims))
+  dx = row_major(dx)
   if axis_size(''.join(dim for dim in out_dims if dim not in x_dims)) == 1:
     dx = jax.lax.optimization_barrier(dx)  # a sum over devices becomes a scatter with the slice that follows, if it may
   if x is None:

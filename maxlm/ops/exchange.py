@@ -1,8 +1,8 @@
 """Tokens to their experts and back: sorting pairs of a token and an expert, and two ways to other devices.
 
 Every reordering is a gather, forward and backward: JAX's own gradient of one is a sum that adds up row by row. What a device
-gets depends on the data and shapes do not, so buffers are as long as the worst case, and rows past the last pair are
-undefined: nothing here reads them.
+gets depends on the data and shapes do not: rows past the last pair are undefined, and nothing here reads them. A device that
+shares experts with others may get all that they have; it works on as much as is usual at a time, in rounds, mostly one.
 
 C tokens  J experts of a token  E experts  X devices that share them  L experts of one device, E / X
 P pairs of a token and an expert, C * J  R rows of a buffer, sorted by expert
@@ -65,7 +65,7 @@ def within_capacity(experts_CJ: jax.Array, n_experts: int, rows: int) -> jax.Arr
 
 
 class Order(NamedTuple):
-  """Pairs sorted by expert."""
+  """Pairs sorted by expert, all of them or those of a round."""
 
   pair_R: jax.Array  # the pair in a row: token * J + which of its experts; of any pair past the last row in use
   row_CJ: jax.Array  # the row of a pair; -1: it has none
@@ -85,41 +85,99 @@ def sort_pairs(experts_CJ: jax.Array, n_experts: int, rows: int) -> Order:
 @jax.custom_vjp
 def to_rows(x_CD: jax.Array, order: Order) -> jax.Array:
   """Each row's token -> [R, D]."""
-  return x_CD[order.pair_R // order.row_CJ.shape[1]]
-
-
-to_rows.defvjp(lambda x_CD, order: (to_rows(x_CD, order), order),
-               lambda order, dx_RD: (_sum_of_rows(dx_RD, order.row_CJ, None).astype(dx_RD.dtype), None))
+  return _rows_of(x_CD, order)
 
 
 @jax.custom_vjp
-def from_rows(y_RD: jax.Array, weights_CJ: jax.Array, order: Order) -> jax.Array:
-  """The weighted sum of each token's rows, in fp32 -> [C, D] in the dtype of y."""
-  return _sum_of_rows(y_RD, order.row_CJ, weights_CJ).astype(y_RD.dtype)
+def from_rows(y_RD: jax.Array, order: Order) -> jax.Array:
+  """The sum of each token's rows, in fp32 -> [C, D] in the dtype of y."""
+  return _sum_of_rows(y_RD, order.row_CJ).astype(y_RD.dtype)
 
 
-def _from_rows_backward(residuals, dout_CD):
-  """Of as many products as there are rows, not C * J."""
-  y_RD, weights_CJ, order = residuals
-  dout_RD = dout_CD[order.pair_R // order.row_CJ.shape[1]].astype(jnp.float32)
-  used_R1 = (jnp.arange(y_RD.shape[0]) < order.sizes_E.sum())[:, None]
-  dy_RD = jnp.where(used_R1, dout_RD * weights_CJ.reshape(-1)[order.pair_R][:, None], 0).astype(y_RD.dtype)
-  dweights_R = jnp.sum(dout_RD * y_RD, axis=1)
-  return dy_RD, jnp.where(order.row_CJ >= 0, dweights_R[order.row_CJ], 0).astype(weights_CJ.dtype), None
+@jax.custom_vjp
+def weights_of_rows(weights_CJ: jax.Array, order: Order) -> jax.Array:
+  """Each row's weight -> [R, 1]."""
+  return weights_CJ.reshape(-1)[order.pair_R][:, None]
 
 
-from_rows.defvjp(lambda y_RD, weights_CJ, order: (from_rows(y_RD, weights_CJ, order), (y_RD, weights_CJ, order)),
-                 _from_rows_backward)
+def _rows_of(x_CD, order):
+  return x_CD[order.pair_R // order.row_CJ.shape[1]]
 
 
-def _sum_of_rows(x_RD, row_CJ, weights_CJ):
+def _weights_backward(order, dweights_R1):
+  return jnp.where(order.row_CJ >= 0, dweights_R1[:, 0][order.row_CJ], 0), None
+
+
+to_rows.defvjp(lambda x_CD, order: (to_rows(x_CD, order), order),
+               lambda order, dx_RD: (_sum_of_rows(dx_RD, order.row_CJ).astype(dx_RD.dtype), None))
+from_rows.defvjp(lambda y_RD, order: (from_rows(y_RD, order), order),
+                 lambda order, dout_CD: (_rows_of(dout_CD, order), None))
+weights_of_rows.defvjp(lambda weights_CJ, order: (weights_of_rows(weights_CJ, order), order), _weights_backward)
+
+
+def _sum_of_rows(x_RD, row_CJ):
   """Over J, one after another: [C, J, D] is never there."""
   total_CD = 0.0
   for j in range(row_CJ.shape[1]):
-    x_CD = x_RD[row_CJ[:, j]].astype(jnp.float32)
-    x_CD = x_CD if weights_CJ is None else x_CD * weights_CJ[:, j, None]
-    total_CD += jnp.where(row_CJ[:, j, None] >= 0, x_CD, 0)
+    total_CD += jnp.where(row_CJ[:, j, None] >= 0, x_RD[row_CJ[:, j]].astype(jnp.float32), 0)
   return total_CD
+
+
+# -- rounds: what a device has to do is known when the program runs, and how much it can do at once when it is compiled
+
+ROUND = 1.25  # rows of a round over what a device has to do if all have the same
+
+
+def round_rows(tokens: int, k: int, devices: int, experts: int, capacity: float | None) -> int:
+  """Rows of one round, of those that `buffer_rows` allows."""
+  return min(buffer_rows(tokens, k, devices, experts, capacity), math.ceil(ROUND * tokens * k))
+
+
+def n_rounds(sizes_E: jax.Array, rows: int) -> jax.Array:
+  return (sizes_E.sum() + rows - 1) // rows
+
+
+def sizes_of_round(sizes_E: jax.Array, i, rows: int) -> jax.Array:
+  """Rows of each expert in the i-th round."""
+  stop_E = jnp.cumsum(sizes_E)
+  here = lambda at_E: jnp.clip(at_E - i * rows, 0, rows)
+  return here(stop_E) - here(stop_E - sizes_E)
+
+
+def order_of_round(order: Order, i, rows: int) -> Order:
+  """The i-th round of an order of pairs; order.pair_R is as long as a number of rounds."""
+  row_CJ = order.row_CJ - i * rows
+  return Order(jax.lax.dynamic_slice_in_dim(order.pair_R, i * rows, rows),
+               jnp.where((order.row_CJ >= 0) & (row_CJ >= 0) & (row_CJ < rows), row_CJ, -1),
+               sizes_of_round(order.sizes_E, i, rows))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_rounds(function, n: jax.Array, integers, args) -> jax.Array:
+  """The sum of function(i, integers, args) over n rounds, at least one. args: a tree of arrays, which get gradients.
+
+  Only the first round is part of the straight program. The gradient goes over the others again, and keeps nothing of them.
+  """
+  return _sum_of_rounds(function(0, integers, args), lambda i: function(i, integers, args), n)
+
+
+def _rounds_forward(function, n, integers, args):
+  first, pull = jax.vjp(functools.partial(function, 0, integers), args)
+  return _sum_of_rounds(first, lambda i: function(i, integers, args), n), (n, integers, args, pull)
+
+
+def _rounds_backward(function, residuals, dy):
+  n, integers, args, pull = residuals
+  again = lambda i: jax.vjp(functools.partial(function, i, integers), args)[1](dy)[0]
+  return None, None, _sum_of_rounds(pull(dy)[0], again, n)
+
+
+in_rounds.defvjp(_rounds_forward, _rounds_backward)
+
+
+def _sum_of_rounds(first, of_round, n):
+  with jax.named_scope('more_rounds'):  # maxlm.plan counts none of them
+    return jax.lax.fori_loop(1, n, lambda i, total: jax.tree.map(jnp.add, total, of_round(i)), first)
 
 
 # -- all-to-all: rows go to the devices of their experts

@@ -49,21 +49,34 @@ def check_grouped_matmul(kernel: str, platform: str, dtype) -> None:
     grouped_gpu.check_installed()
 
 
-def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, kernel: str,
+def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, bias_EF: jax.Array | None = None, *, kernel: str,
                    interpret: bool = False) -> jax.Array:
-  """Each row times the matrix of its group -> [P, F] in the dtype of x; zeros past the groups.
+  """Each row times the matrix of its group, plus its bias -> [P, F] in the dtype of x; zeros past the groups.
 
   sizes_E: rows of each group, P or less in all; any of them may be 0. interpret: run Pallas's Python on a CPU, for tests.
   """
   assert not interpret or jax.default_backend() == 'cpu', 'an interpreted kernel is for tests on a CPU'
-  return _product(x_PD, w_EDF, jnp.asarray(sizes_E), kernel, interpret)
+  return _product(x_PD, w_EDF, jnp.asarray(sizes_E), bias_EF, kernel, interpret)
 
 
-def grouped_matmul_reference(x_PD, w_EDF, sizes_E):
+def grouped_matmul_reference(x_PD, w_EDF, sizes_E, bias_EF=None):
   """The same with a matrix for each row."""
   group_P = jnp.repeat(jnp.arange(w_EDF.shape[0]), sizes_E, total_repeat_length=x_PD.shape[0])
   used_P1 = (jnp.arange(x_PD.shape[0]) < sizes_E.sum())[:, None]
-  return jnp.where(used_P1, jnp.einsum('PD,PDF->PF', jnp.where(used_P1, x_PD, 0), w_EDF[group_P]), 0)
+  y_PF = jnp.einsum('PD,PDF->PF', jnp.where(used_P1, x_PD, 0), w_EDF[group_P])
+  return jnp.where(used_P1, y_PF if bias_EF is None else y_PF + bias_EF[group_P], 0)
+
+
+def bias_of_rows(bias_EF: jax.Array, sizes_E: jax.Array, weights_P1: jax.Array) -> jax.Array:
+  """Each row's weight times the bias of its group -> [P, F]; zeros past the groups. A product, as the gradient of
+  bias_EF[group_P] adds up row by row."""
+  weights_PE = jnp.where(_is_of_PE(len(weights_P1), sizes_E), weights_P1, 0).astype(bias_EF.dtype)
+  return jnp.einsum('PE,EF->PF', weights_PE, bias_EF, precision='highest')
+
+
+def _is_of_PE(rows, sizes_E):
+  row_P1, stop_E = jnp.arange(rows)[:, None], jnp.cumsum(sizes_E)
+  return (row_P1 < stop_E) & (row_P1 >= stop_E - sizes_E)
 
 
 class Kernel(NamedTuple):
@@ -88,20 +101,27 @@ def _kernel(name: str, interpret: bool) -> Kernel:
   return Kernel(_ragged_rows_times, _ragged_outer)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x_PD, w_EDF, sizes_E, kernel, interpret):
-  return _kernel(kernel, interpret).rows_times(x_PD, w_EDF, sizes_E, transposed=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _product(x_PD, w_EDF, sizes_E, bias_EF, kernel, interpret):
+  if bias_EF is None or kernel == 'pallas':
+    return _kernel(kernel, interpret).rows_times(x_PD, w_EDF, sizes_E, *[bias_EF] * (bias_EF is not None), transposed=False)
+  return _product(x_PD, w_EDF, sizes_E, None, kernel, interpret) + bias_of_rows(
+    bias_EF, sizes_E, jnp.ones((len(x_PD), 1), bias_EF.dtype))
 
 
-def _product_forward(x_PD, w_EDF, sizes_E, kernel, interpret):
-  return _product(x_PD, w_EDF, sizes_E, kernel, interpret), (x_PD, w_EDF, sizes_E)
+def _product_forward(x_PD, w_EDF, sizes_E, bias_EF, kernel, interpret):
+  return _product(x_PD, w_EDF, sizes_E, bias_EF, kernel, interpret), (x_PD, w_EDF, sizes_E, bias_EF)
 
 
 def _product_backward(kernel, interpret, residuals, dy_PF):
-  x_PD, w_EDF, sizes_E = residuals
+  x_PD, w_EDF, sizes_E, bias_EF = residuals
   products = _kernel(kernel, interpret)
   dx_PD = products.rows_times(dy_PF, w_EDF, sizes_E, transposed=True)
-  return dx_PD, products.outer(x_PD, dy_PF, sizes_E, dtype=w_EDF.dtype), None
+  dbias_EF = None
+  if bias_EF is not None:
+    dbias_EF = jnp.einsum('PE,PF->EF', _is_of_PE(len(dy_PF), sizes_E).astype(dy_PF.dtype), zero_past(dy_PF, sizes_E),
+                          precision='highest', preferred_element_type=jnp.float32).astype(bias_EF.dtype)
+  return dx_PD, products.outer(x_PD, dy_PF, sizes_E, dtype=w_EDF.dtype), None, dbias_EF
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -45,10 +45,9 @@ SHORTEST = 512  # a step has its price
 def tiles_for(device_kind: str, head_bytes: int, window: int | None, n_keys: int) -> Tiles:
   """The tiles for a device and a layer; they are yet to be shrunk to divide its queries and keys.
 
-  Of keys no more than the window, and without one no longer than an eighth of all keys: most of a tile would be masked, or
-  as much as is not along the diagonal.
+  No longer than the window, and without one than an eighth of all keys: most of a tile would be masked, or as much as is not
+  along the diagonal.
   """
   tiles = next((tiles for kind, most, tiles in TABLE if device_kind.startswith(kind) and head_bytes <= most), SMALL)
-  most_k = max(SHORTEST, n_keys // 8 if window is None else window)
-  most_q = max(SHORTEST, n_keys // 8) if window is None else max(q for q, _ in tiles[:3])
-  return Tiles(*((min(q, most_q), min(k, most_k)) for q, k in tiles[:3]), compute=tiles.compute)
+  most = max(SHORTEST, n_keys // 8 if window is None else window)
+  return Tiles(*((min(q, most), min(k, most)) for q, k in tiles[:3]), compute=tiles.compute)

@@ -40,6 +40,8 @@ def _equation(equation, chip: Chip, filled: float) -> float:
   times = 1
   if name == 'scan':
     times = params['length']
+  if name == 'while' and 'more_rounds' in str(equation.source_info.name_stack):
+    times = 0  # as in `schedule.walk`
   if name == 'shard_map':
     times = math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes'])
   return times * sum(traced_flops(inner, chip, filled) for inner in inner_jaxprs(params))

@@ -21,7 +21,7 @@ from maxlm.compiler import options
 from maxlm.config import Experiment, validate
 from maxlm.hosts import say
 from maxlm.layers.moe import MoeSpec
-from maxlm.ops.exchange import buffer_rows
+from maxlm.ops.exchange import round_rows
 from maxlm.plan.memory import Memory, does_not_fit, memory_of
 from maxlm.plan.topology import Topology
 from maxlm.sharding import axis_size, make_mesh, spec
@@ -98,13 +98,13 @@ def abstract_batch(rows: int, length: int, more: tuple[str, ...] = ()) -> dict[s
 def filled_rows(config: Experiment) -> float:
   """The share of the rows of the experts' buffers that have tokens, on the fullest device; 1.0 without experts.
 
-  The current mesh is that of the program. Buffers are as long as the worst case (`ops.exchange.buffer_rows`).
+  The current mesh is that of the program. Only the first of the rounds is counted (`ops.exchange.ROUND`).
   """
   moe = next((layer.mlp for layer in config.model.layers if isinstance(layer.mlp, MoeSpec)), None)
   if moe is None:
     return 1.0
   devices, tokens = axis_size('E'), 1000
-  rows = buffer_rows(tokens, moe.k, devices, moe.n_experts // devices, config.compute.capacity)
+  rows = round_rows(tokens, moe.k, devices, moe.n_experts // devices, config.compute.capacity)
   return min(1.0, tokens * moe.k * (IMBALANCE if devices > 1 else 1.0) / rows)
 
 

@@ -217,6 +217,8 @@ class _Walk:
 
   def _loop(self, i: Instruction) -> None:
     trips = trip_count(self.module, self.computation, i)
+    if 'more_rounds' in i.op_name:
+      trips = 0  # of `ops.exchange`: where a device's experts have more than ROUND times the mean
     if trips is None:
       self.span.notes.add(f'the trip count of {i.name} cannot be read: it is counted once')
     body = walk(self.module, self.network, self.filled, self.module.called(i)[1])

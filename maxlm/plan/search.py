@@ -25,8 +25,9 @@ from maxlm.plan.topology import Topology
 from maxlm.sharding import AXES, MeshConfig, abstract_mesh
 from maxlm.step import init_state
 
-POLICIES = ('none', 'products', 'attention', 'full')
-RECOMPUTED = {'none': 3.0, 'products': 3.1, 'attention': 3.9, 'full': 4.0}  # passes of the model's FLOPs a step takes
+POLICIES = ('none', 'products', 'experts', 'attention', 'full')
+# Passes of the model's FLOPs that a step takes
+RECOMPUTED = {'none': 3.0, 'products': 3.1, 'experts': 3.4, 'attention': 3.9, 'full': 4.0}
 EFFICIENCY = 0.65  # of the peak, that products and attention together are guessed to reach
 HIDDEN, OPEN = 0.8, 0.2  # communication is guessed to hide behind this share of the compute; this share of it never does
 MOST_MICROBATCHES = 16
@@ -102,7 +103,7 @@ def candidates(config: Experiment, topology: Topology) -> list[Candidate]:
         validate(trial, 'tpu', n_devices)
       except ValueError:
         continue
-      for policy in POLICIES:
+      for policy in (p for p in POLICIES if p != 'experts' or has_experts(config)):
         trial = with_choices(config, mesh, microbatches, policy)
         found.append(Candidate(config=trial, memory=memory(trial, mesh, parameters),
                                seconds=seconds(trial, mesh, topology, parameters, forward)))
@@ -112,12 +113,15 @@ def candidates(config: Experiment, topology: Topology) -> list[Candidate]:
 def meshes(n_devices: int, config: Experiment, slices: int) -> Iterator[MeshConfig]:
   """All factorisations of the devices over the axes, in whole divisors; validity is the config's to check."""
   divisors = [d for d in range(1, n_devices + 1) if n_devices % d == 0]
-  has_experts = any(isinstance(layer.mlp, MoeSpec) for layer in config.model.layers)
   for data, expert, context, tensor in itertools.product(divisors, repeat=4):
     used = data * expert * context * tensor
-    if n_devices % used or data % slices or (expert > 1 and not has_experts) or tensor > 16:
+    if n_devices % used or data % slices or (expert > 1 and not has_experts(config)) or tensor > 16:
       continue
     yield MeshConfig(data=data, fsdp=n_devices // used, expert=expert, context=context, tensor=tensor)
+
+
+def has_experts(config: Experiment) -> bool:
+  return any(isinstance(layer.mlp, MoeSpec) for layer in config.model.layers)
 
 
 def with_choices(config: Experiment, mesh: MeshConfig, microbatches: int, policy: str) -> Experiment:
@@ -157,7 +161,8 @@ def memory(config: Experiment, mesh: MeshConfig, parameters: tuple[int, int]) ->
     parts = layer.parts.values()
     D = model.d_model
     width = sum(part.matmul_params(D) for part in parts) / D / mesh.tensor  # of what products give, of all of them
-    keeps = {'none': 6 * D + 4 * width, 'products': D + width, 'attention': 2.5 * D, 'full': D}[config.compute.remat]
+    keeps = {'none': 6 * D + 4 * width, 'products': D + width, 'experts': 2.5 * D + 0.6 * width, 'attention': 2.5 * D,
+             'full': D}[config.compute.remat]
     kept += 2 * tokens * keeps
     weights = sum(part.matmul_params(D) for part in parts) / mesh.tensor
     work = max(work, 2 * tokens * (6 * D + 3 * width) + 6 * weights)
