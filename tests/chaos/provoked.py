@@ -54,8 +54,8 @@ def wait_for_ever() -> None:
 def empty(n: int) -> None:
   real = train.train_batches
 
-  def batches(config, corpus, seed, step, batch_of):
-    for i, (read, batch) in enumerate(real(config, corpus, seed, step, batch_of), step):
+  def batches(feed, step, batch_of):
+    for i, (read, batch) in enumerate(real(feed, step, batch_of), step):
       yield read, batch | ({'loss_mask': batch['loss_mask'] * 0} if batch_of(i) == n else {})
 
   train.train_batches = batches
