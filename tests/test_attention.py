@@ -290,7 +290,7 @@ def test_splash_tiles_divide_the_sequence(device, seq_len, window):
   tiles = splash.fitted(tiles_for(device, 256, window, seq_len), seq_len, seq_len)
   for size in (size for pair in tiles[:3] for size in pair):
     assert seq_len % size == 0 and size % 128 == 0
-  blocks = splash.block_sizes(tiles)
+  blocks = splash.block_sizes(tiles, 128)
   assert blocks.block_kv % blocks.block_kv_compute == 0 and blocks.block_kv_dkv % blocks.block_kv_dkv_compute == 0
   assert blocks.block_kv <= max(512, window or seq_len // 8)
 

@@ -199,6 +199,12 @@ def test_attention_costs_the_tiles_that_it_visits(kind, products, tables, T, S, 
   found = kernel(f'splash_mha_{kind}', inputs, [BF16(2, 8, T, 64)], notes, CHIPS['v6e'])
   assert found.flops == 2 * 8 * tiles * 2 * 128 * 128 * 64 * products
   assert found.seconds >= found.flops / (CHIPS['v6e'].flops * EFFICIENCY['attention'] * 64 / 256)
+  inputs[1] = BF16(2, 8, 64, T)  # queries with time in the lanes
+  turned = kernel(f'splash_mha_{kind}', inputs, [BF16(2, 8, T, 64)], notes + '\\"q_layout\\": 2,', CHIPS['v6e'])
+  assert turned.flops == found.flops
+  if kind == 'dkv':  # all gradients at once
+    outputs = [BF16(4, 2, 8, T, 64), BF16(2, 2, S, 64), BF16(2, 2, S, 64)]
+    assert kernel('splash_mha_dkv', inputs, outputs, notes + '\\"q_layout\\": 2,', CHIPS['v6e']).flops == found.flops * 5 / 4
 
 
 @pytest.mark.parametrize('inputs, output', [

@@ -99,7 +99,7 @@ class Mlp(nnx.Module):
     return y_BTD if spec.out_scale == 1.0 else y_BTD * spec.out_scale
 
 
-def hidden(spec: MlpSpec, up: jax.Array, gate: jax.Array | None, *alphas: jax.Array) -> jax.Array:
+def hidden(spec: MlpSpec, up: jax.Array, gate: jax.Array | None = None, *alphas: jax.Array) -> jax.Array:
   """The hidden layer, elementwise from what the projections give, in their dtype. alphas: xIELU's alpha_p and alpha_n."""
   if spec.gate_scale != 1.0:
     gate *= spec.gate_scale

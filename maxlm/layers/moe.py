@@ -8,7 +8,6 @@ Weights: w_router_DE, b_router_E, select_bias_E; of the experts w_up_EDF, w_gate
 b_down_ED; shared.<an Mlp's>, w_shared_gate_D; w_latent_in_DR, w_latent_out_RD. Of these, the ones that the spec asks for.
 """
 
-import collections
 import dataclasses
 import functools
 from typing import Literal
@@ -25,7 +24,7 @@ from maxlm.layers.router import RouterStats, route, router_logits, router_stats
 from maxlm.layers.rows import Rows
 from maxlm.ops import exchange as ops
 from maxlm.ops.einsum import einsum, row_major, scatter, split_axes
-from maxlm.ops.grouped_matmul import bias_of_rows, grouped_matmul
+from maxlm.ops.grouped_matmul import bias_of_rows, grouped_matmul, grouped_matmuls
 from maxlm.sharding import axes, axis_size
 from maxlm.sharding import spec as shard
 
@@ -149,7 +148,7 @@ class Moe(nnx.Module):
       with jax.named_scope('experts'):
         others = tuple(axis for axis in axes('BT') if axis not in axes('E'))
         experts = {name: _whole(stored(_dims(name), spec.n_experts), others, u_CD.dtype, w)
-                   for name, w in _joined(experts).items()}
+                   for name, w in experts.items()}
         if 'b_down_ED' in experts:
           experts['b_down_ED'] = jnp.where(jax.lax.axis_index(axes('F')) == 0, experts['b_down_ED'], 0)
       u_CD, weights_CJ = jax.lax.pcast((u_CD, weights_CJ), axes('F'), to='varying')  # here, where they are C rows and not P
@@ -200,7 +199,7 @@ def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, exp
   round."""
   rows = experts_CJ.size if rows is None else rows
   with jax.named_scope('dispatch'):
-    order = ops.sort_pairs(experts_CJ, w['w_in_EDF'].shape[0], -(-experts_CJ.size // rows) * rows)
+    order = ops.sort_pairs(experts_CJ, w['w_up_EDF'].shape[0], -(-experts_CJ.size // rows) * rows)
 
   def of_order(order, args):
     x_CD, weights_CJ, w = args
@@ -219,7 +218,7 @@ def sorted_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, exp
 def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same where the experts are on several devices: each gets the tokens of all, and the sum of what all make of them is
   scattered to where they came from."""
-  experts, devices = w['w_in_EDF'].shape[0], axis_size('E')
+  experts, devices = w['w_up_EDF'].shape[0], axis_size('E')
   tokens, k = experts_CJ.shape
   with jax.named_scope('dispatch'):
     x_CD, weights_CJ, experts_CJ = (row_major(jax.lax.all_gather(a, axes('E'), tiled=True))
@@ -233,7 +232,7 @@ def gathered_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, e
 
 def sent_experts(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ, kernel, capacity) -> jax.Array:
   """The same by all-to-all: each pair's row goes to the device of its expert, and its output comes back."""
-  (experts, *_), devices = w['w_in_EDF'].shape, axis_size('E')
+  (experts, *_), devices = w['w_up_EDF'].shape, axis_size('E')
   rows, most = (n(*experts_CJ.shape, devices, experts, capacity) for n in (ops.round_rows, ops.buffer_rows))
   with jax.named_scope('dispatch'):
     order = ops.sort_pairs(experts_CJ, experts * devices, experts_CJ.size)
@@ -260,38 +259,31 @@ def sorted_mlp(spec: MlpSpec, w: dict[str, jax.Array], x_RD, weights_R1, sizes_E
   The hidden layer is multiplied by the weights, in fp32, not what comes out: then the gradient needs no outputs.
   """
   with jax.named_scope('experts'):
-    in_RF = checkpoint_name(grouped_matmul(x_RD, w['w_in_EDF'], sizes_E, w.get('b_in_EF'), kernel=kernel), 'experts_in')
-    hidden_RF = (_hidden(spec, in_RF).astype(jnp.float32) * weights_R1).astype(in_RF.dtype)
+    ws_EDF, biases_EF = _into(w)
+    ins_RF = checkpoint_name(grouped_matmuls(x_RD, ws_EDF, sizes_E, biases_EF, kernel=kernel), 'experts_in')
+    hidden_RF = (hidden(spec, *ins_RF).astype(jnp.float32) * weights_R1).astype(x_RD.dtype)
     y_RD = grouped_matmul(hidden_RF, w['w_down_EFD'], sizes_E, kernel=kernel)
     return y_RD + bias_of_rows(w['b_down_ED'], sizes_E, weights_R1) if 'b_down_ED' in w else y_RD
 
 
 def every_expert(spec: MlpSpec, w: dict[str, jax.Array], x_CD, weights_CJ, experts_CJ) -> jax.Array:
   """What they are to equal, as it is defined: every expert on every token, times a weight that is mostly zero."""
-  E = w['w_in_EDF'].shape[0]
+  E = w['w_up_EDF'].shape[0]
 
   def project(dims, x, w_EDF, b_EF):
     y_ECF = jnp.einsum(dims, x, w_EDF)
     return y_ECF if b_EF is None else y_ECF + b_EF[:, None]
 
-  hidden_ECF = _hidden(spec, project('CD,EDF->ECF', x_CD, w['w_in_EDF'], w.get('b_in_EF')))
+  hidden_ECF = hidden(spec, *(project('CD,EDF->ECF', x_CD, *into) for into in zip(*_into(w))))
   y_ECD = project('ECF,EFD->ECD', hidden_ECF, w['w_down_EFD'], w.get('b_down_ED'))
   weights_CE = jnp.einsum('CJ,CJE->CE', weights_CJ, jax.nn.one_hot(experts_CJ, E))
   return jnp.einsum('ECD,CE->CD', y_ECD, weights_CE).astype(x_CD.dtype)
 
 
-def _hidden(spec, in_F):
-  return hidden(spec, *jnp.split(in_F, 2, axis=-1)) if spec.gated else hidden(spec, in_F, None)
-
-
-def _joined(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Up and gate beside each other, as w_in_EDF and b_in_EF: one gather and one product, and no sum of two gradients of x."""
-  into = {'w_up_EDF': 'w_in_EDF', 'w_gate_EDF': 'w_in_EDF', 'b_up_EF': 'b_in_EF', 'b_gate_EF': 'b_in_EF'}
-  parts = collections.defaultdict(list)
-  for name in EXPERTS:
-    if name in w:
-      parts[into.get(name, name)].append(w[name])
-  return {name: jnp.concatenate(ws, axis=-1) if len(ws) > 1 else ws[0] for name, ws in parts.items()}
+def _into(w: dict[str, jax.Array]) -> tuple[tuple, tuple]:
+  """Weights and biases into the hidden layer: of up and, if there is one, of the gate."""
+  names = [name for name in ('up', 'gate') if f'w_{name}_EDF' in w]
+  return tuple(w[f'w_{name}_EDF'] for name in names), tuple(w.get(f'b_{name}_EF') for name in names)
 
 
 def stored(dims: str, n_experts: int) -> str:

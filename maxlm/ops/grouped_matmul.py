@@ -55,8 +55,15 @@ def grouped_matmul(x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, bias_E
 
   sizes_E: rows of each group, P or less in all; any of them may be 0. interpret: run Pallas's Python on a CPU, for tests.
   """
+  y_PF, = grouped_matmuls(x_PD, (w_EDF,), sizes_E, (bias_EF,), kernel=kernel, interpret=interpret)
+  return y_PF
+
+
+def grouped_matmuls(x_PD: jax.Array, ws_EDF: tuple[jax.Array, ...], sizes_E: jax.Array, biases_EF: tuple, *, kernel: str,
+                    interpret: bool = False) -> tuple[jax.Array, ...]:
+  """Several products of the same rows, each in an array of its own. The gradient of the rows is one sum over all."""
   assert not interpret or jax.default_backend() == 'cpu', 'an interpreted kernel is for tests on a CPU'
-  return _product(x_PD, w_EDF, jnp.asarray(sizes_E), bias_EF, kernel, interpret)
+  return _products(x_PD, ws_EDF, jnp.asarray(sizes_E), biases_EF, kernel, interpret)
 
 
 def grouped_matmul_reference(x_PD, w_EDF, sizes_E, bias_EF=None):
@@ -80,8 +87,9 @@ def _is_of_PE(rows, sizes_E):
 
 
 class Kernel(NamedTuple):
-  """rows_times(x [P, D], w [E, D, F], sizes, transposed=False), or with w [E, F, D] and transposed=True -> [P, F].
-  outer(x [P, D], dy [P, F], sizes, dtype=…): the sum over the rows of each group of x_D * dy_F -> [E, D, F]."""
+  """rows_times(((x [P, D], w [E, D, F]), …), sizes, bias=None, transposed=False), or with w [E, F, D] and transposed=True:
+  the sum of the products -> [P, F]. outer(x [P, D], dy [P, F], sizes, dtype=…): the sum over the rows of each group of
+  x_D * dy_F -> [E, D, F]."""
 
   rows_times: Callable
   outer: Callable
@@ -90,41 +98,51 @@ class Kernel(NamedTuple):
 def _kernel(name: str, interpret: bool) -> Kernel:
   match name:
     case 'blocked':
-      return Kernel(_blocked_rows_times, _blocked_outer)
+      return Kernel(_summed(_blocked_rows_times), _blocked_outer)
     case 'pallas':
       from maxlm.ops import grouped_tpu  # Pallas is slow to import and only a TPU needs it
       return Kernel(*(functools.partial(f, interpret=interpret) for f in (grouped_tpu.rows_times, grouped_tpu.outer)))
     case 'tokamax':
       from maxlm.ops import grouped_gpu
-      return Kernel(grouped_gpu.rows_times, grouped_gpu.outer)
+      return Kernel(_summed(grouped_gpu.rows_times), grouped_gpu.outer)
   assert name == 'ragged_dot', name
-  return Kernel(_ragged_rows_times, _ragged_outer)
+  return Kernel(_summed(_ragged_rows_times), _ragged_outer)
+
+
+def _summed(rows_times: Callable) -> Callable:
+  """Of a kernel that knows one product and no bias."""
+  def all_of(pairs, sizes_E, bias_EF=None, *, transposed):
+    y_PF = functools.reduce(jnp.add, [rows_times(x_PD, w, sizes_E, transposed=transposed) for x_PD, w in pairs])
+    return y_PF if bias_EF is None else y_PF + bias_of_rows(bias_EF, sizes_E, jnp.ones((len(y_PF), 1), bias_EF.dtype))
+
+  return all_of
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _product(x_PD, w_EDF, sizes_E, bias_EF, kernel, interpret):
-  if bias_EF is None or kernel == 'pallas':
-    return _kernel(kernel, interpret).rows_times(x_PD, w_EDF, sizes_E, *[bias_EF] * (bias_EF is not None), transposed=False)
-  return _product(x_PD, w_EDF, sizes_E, None, kernel, interpret) + bias_of_rows(
-    bias_EF, sizes_E, jnp.ones((len(x_PD), 1), bias_EF.dtype))
+def _products(x_PD, ws_EDF, sizes_E, biases_EF, kernel, interpret):
+  rows_times = _kernel(kernel, interpret).rows_times
+  return tuple(rows_times([(x_PD, w_EDF)], sizes_E, bias_EF, transposed=False) for w_EDF, bias_EF in zip(ws_EDF, biases_EF))
 
 
-def _product_forward(x_PD, w_EDF, sizes_E, bias_EF, kernel, interpret):
-  return _product(x_PD, w_EDF, sizes_E, bias_EF, kernel, interpret), (x_PD, w_EDF, sizes_E, bias_EF)
+def _products_forward(x_PD, ws_EDF, sizes_E, biases_EF, kernel, interpret):
+  return _products(x_PD, ws_EDF, sizes_E, biases_EF, kernel, interpret), (x_PD, ws_EDF, sizes_E, biases_EF)
 
 
-def _product_backward(kernel, interpret, residuals, dy_PF):
-  x_PD, w_EDF, sizes_E, bias_EF = residuals
-  products = _kernel(kernel, interpret)
-  dx_PD = products.rows_times(dy_PF, w_EDF, sizes_E, transposed=True)
-  dbias_EF = None
-  if bias_EF is not None:
-    dbias_EF = jnp.einsum('PE,PF->EF', _is_of_PE(len(dy_PF), sizes_E).astype(dy_PF.dtype), zero_past(dy_PF, sizes_E),
-                          precision='highest', preferred_element_type=jnp.float32).astype(bias_EF.dtype)
-  return dx_PD, products.outer(x_PD, dy_PF, sizes_E, dtype=w_EDF.dtype), None, dbias_EF
+def _products_backward(kernel, interpret, residuals, dys_PF):
+  x_PD, ws_EDF, sizes_E, biases_EF = residuals
+  rows_times, outer = _kernel(kernel, interpret)
+
+  def bias_gradient(bias_EF, dy_PF):
+    return jnp.einsum('PE,PF->EF', _is_of_PE(len(dy_PF), sizes_E).astype(dy_PF.dtype), zero_past(dy_PF, sizes_E),
+                      precision='highest', preferred_element_type=jnp.float32).astype(bias_EF.dtype)
+
+  dx_PD = rows_times(list(zip(dys_PF, ws_EDF)), sizes_E, transposed=True)
+  dws_EDF = tuple(outer(x_PD, dy_PF, sizes_E, dtype=w_EDF.dtype) for dy_PF, w_EDF in zip(dys_PF, ws_EDF))
+  return dx_PD, dws_EDF, None, tuple(None if bias_EF is None else bias_gradient(bias_EF, dy_PF)
+                                     for bias_EF, dy_PF in zip(biases_EF, dys_PF))
 
 
-_product.defvjp(_product_forward, _product_backward)
+_products.defvjp(_products_forward, _products_backward)
 
 
 def zero_past(rows_PD: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ tiles where groups meet, take any number of rows, and write every row.
 P rows  p those of a tile  E groups  D width in  F width out  V visits
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,18 @@ ROW_TILES = (128, 256, 512, 1024)
 PART = 128  # rows of a tile that are multiplied at a time: less code, and only those that the group has
 
 
-def rows_times(x_PD: jax.Array, w: jax.Array, sizes_E: jax.Array, bias_EF: jax.Array | None = None, *, transposed: bool,
-               interpret: bool) -> jax.Array:
-  """Each row times the matrix of its group, plus its bias -> [P, F], zeros past the groups. w: [E, D, F], or transposed
-  [E, F, D]."""
-  (P, D), E, F = x_PD.shape, w.shape[0], w.shape[1 if transposed else 2]
-  tile_rows, tile_F = row_tiles(P, D, F, E, x_PD.dtype.itemsize)
+def rows_times(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.Array, bias_EF: jax.Array | None = None, *,
+               transposed: bool, interpret: bool) -> jax.Array:
+  """Each row times the matrix of its group, summed over pairs of x [P, D] and w [E, D, F], or transposed [E, F, D], plus its
+  group's bias -> [P, F], zeros past the groups."""
+  xs_PD, ws = zip(*pairs)
+  (P, D), E, F = xs_PD[0].shape, ws[0].shape[0], ws[0].shape[1 if transposed else 2]
+  dtype = xs_PD[0].dtype
+  tile_rows, tile_F = row_tiles(P, len(pairs) * D, F, E, dtype.itemsize)
   visits = make_visits(sizes_E, P, tile_rows, past=True)
 
-  def kernel(group_V, tile_V, read_V, start_G, x_pD, w_block, *bias_and_result):
-    *bias_1F, y_pF = bias_and_result
+  def kernel(group_V, tile_V, read_V, start_G, *blocks):
+    xs_pD, w_blocks, (*bias_1F, y_pF) = (blocks[:len(pairs)], blocks[len(pairs):2 * len(pairs)], blocks[2 * len(pairs):])
     v = pl.program_id(1)
     group, first_row = group_V[v], tile_V[v] * tile_rows
     start, stop = start_G[group], start_G[group + 1]
@@ -55,8 +57,9 @@ def rows_times(x_PD: jax.Array, w: jax.Array, sizes_E: jax.Array, bias_EF: jax.A
       @pl.loop(jax.lax.div(first, PART), jax.lax.div(end + PART - 1, PART))
       def _(part):
         at = pl.ds(part * PART, PART)
-        y = jax.lax.dot_general(x_pD[at, :], w_block[...], (((1,), (1 if transposed else 0,)), ((), ())),
-                                precision=_precision(x_PD.dtype), preferred_element_type=jnp.float32)
+        y = sum(jax.lax.dot_general(x_pD[at, :], w_block[...], (((1,), (1 if transposed else 0,)), ((), ())),
+                                    precision=_precision(dtype), preferred_element_type=jnp.float32)
+                for x_pD, w_block in zip(xs_pD, w_blocks))
         for bias in bias_1F:
           y += bias[...].astype(jnp.float32)
         row = first_row + part * PART + jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
@@ -69,19 +72,19 @@ def rows_times(x_PD: jax.Array, w: jax.Array, sizes_E: jax.Array, bias_EF: jax.A
     w_spec = pl.BlockSpec((None, D, tile_F), lambda f, v, group_V, *_: (jnp.minimum(group_V[v], last), 0, f))
   biases = () if bias_EF is None else (bias_EF[:, None],)
   of_group = pl.BlockSpec((None, 1, tile_F), lambda f, v, group_V, *_: (jnp.minimum(group_V[v], last), 0, f))
+  x_spec = pl.BlockSpec((tile_rows, D), lambda f, v, group_V, tile_V, read_V, _: (read_V[v], 0))
   steps = pl.cdiv(F, tile_F)
   return pl.pallas_call(
     kernel, name=f'grouped_rows{"_transposed" if transposed else ""}',
-    out_shape=_output((P, F), x_PD.dtype, x_PD, w, sizes_E, *biases),
+    out_shape=_output((P, F), dtype, *xs_PD, *ws, sizes_E, *biases),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4, grid=(steps, visits.count),
-      in_specs=[pl.BlockSpec((tile_rows, D), lambda f, v, group_V, tile_V, read_V, _: (read_V[v], 0)), w_spec,
-                *[of_group] * len(biases)],
+      in_specs=[*[x_spec] * len(pairs), *[w_spec] * len(pairs), *[of_group] * len(biases)],
       out_specs=pl.BlockSpec((tile_rows, tile_F), lambda f, v, group_V, tile_V, *_: (tile_V[v], f))),
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=_vmem()[1]),
-    cost_estimate=pl.CostEstimate(flops=2 * P * D * F, transcendentals=0, bytes_accessed=(
-      steps * x_PD.size + w.size + P * F) * x_PD.dtype.itemsize),
-    interpret=interpret)(*visits.tables, x_PD, w, *biases)
+    cost_estimate=pl.CostEstimate(flops=2 * P * D * F * len(pairs), transcendentals=0, bytes_accessed=(
+      (steps * P * D + E * D * F) * len(pairs) + P * F) * dtype.itemsize),
+    interpret=interpret)(*visits.tables, *xs_PD, *ws, *biases)
 
 
 def outer(x_PD: jax.Array, dy_PF: jax.Array, sizes_E: jax.Array, *, dtype, interpret: bool) -> jax.Array:

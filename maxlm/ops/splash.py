@@ -3,6 +3,9 @@
 The kernel takes one example with heads first and wants the scale of the scores inside q. Tiles of queries and keys that do
 not see each other are skipped: tables, made here, say which to visit. Segments are masked, not skipped. Both residuals bear
 the name 'attn_out', so a remat policy that saves 'attn_out' and 'attn_lse' saves them here too.
+
+The backward pass is two kernels. There is one for all three gradients, which computes scores once: what it saves goes into
+adding up the parts of dq that each tile of keys leaves (docs/LOG.md, 2026-11-23).
 """
 
 import functools
@@ -15,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as tables
 
 from maxlm.ops import context
+from maxlm.ops.einsum import LANES
 from maxlm.ops.tiles import Tiles, tiles_for
 from maxlm.sharding import axes, axis_size
 
@@ -38,9 +42,9 @@ def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks
   infos = [_mask_info(visits(starts, chunk, S, *tile, window, of_keys, causal), q_index)
            for tile, of_keys in ((tiles.forward, False), (tiles.dq, False), (tiles.dkv, True))]
   kernel = kernels.SplashAttentionKernel(
-    *infos, block_sizes=block_sizes(tiles), is_mqa=False, save_residuals=False, mask_value=kernels.DEFAULT_MASK_VALUE,
-    attn_logits_soft_cap=softcap, residual_checkpoint_name='attn_out', mask_function=_sees(window, causal),
-    interpret=interpret)
+    *infos, block_sizes=block_sizes(tiles, q_BTNH.shape[-1]), is_mqa=False, save_residuals=False,
+    mask_value=kernels.DEFAULT_MASK_VALUE, attn_logits_soft_cap=softcap, residual_checkpoint_name='attn_out',
+    mask_function=_sees(window, causal), interpret=interpret)
 
   def example(q_TNH, k_SKH, v_SKH, q_segments_T, k_segments_S):
     q_NTH = (q_TNH * scale).astype(q_TNH.dtype).swapaxes(0, 1)
@@ -56,12 +60,14 @@ def fitted(tiles: Tiles, n_queries: int, n_keys: int) -> Tiles:
   return Tiles(*pairs, compute=tiles.compute)
 
 
-def block_sizes(tiles: Tiles) -> kernels.BlockSizes:
-  """In the words of the kernel."""
+def block_sizes(tiles: Tiles, head_dim: int) -> kernels.BlockSizes:
+  """In the words of the kernel. Queries whose heads do not fill a register's lanes come with time in the lanes: as the
+  projection writes them and a rotation takes them, in half of the memory."""
   (q, k), (q_dkv, k_dkv), (q_dq, k_dq) = tiles[:3]
+  layout = kernels.QKVLayout.SEQ_MINOR if head_dim % LANES else kernels.QKVLayout.HEAD_DIM_MINOR
   return kernels.BlockSizes(
     block_q=q, block_kv=k, block_kv_compute=_divisor(k, tiles.compute), block_q_dkv=q_dkv, block_kv_dkv=k_dkv,
-    block_kv_dkv_compute=_divisor(k_dkv, tiles.compute), block_q_dq=q_dq, block_kv_dq=k_dq)
+    block_kv_dkv_compute=_divisor(k_dkv, tiles.compute), block_q_dq=q_dq, block_kv_dq=k_dq, q_layout=layout)
 
 
 def _starts(X, chunk, offset):

@@ -43,7 +43,7 @@ def kernel(name: str, inputs: list[Array], outputs: list[Array], notes: str, chi
   n_bytes = sum(a.padded_bytes for a in (*inputs, *outputs) if a.space == 0)
   known, efficiency, flops = True, 1.0, 0.0
   if 'splash' in name or 'flash' in name:
-    flops, head_dim = _attention(name, inputs, notes)
+    flops, head_dim = _attention(name, inputs, outputs, notes)
     # A product that is narrower than the matrix unit leaves part of it idle: scores sum over head_dim, values are as wide.
     efficiency = EFFICIENCY['attention'] * min(1.0, head_dim / chip.mxu)
   elif re.search(r'gmm|ragged|grouped', name):
@@ -61,14 +61,16 @@ def name_of(call: Instruction) -> str:
   return re.sub(r'_(segmented|no_residuals|residuals)', '', name)
 
 
-def _attention(name: str, inputs: list[Array], notes: str) -> tuple[float, int]:
-  """FLOPs, and the dims of a head. Inputs: tables [heads, blocks of queries, of keys], q [.., N, T, H], k [.., K, S, H]."""
+def _attention(name: str, inputs: list[Array], outputs: list[Array], notes: str) -> tuple[float, int]:
+  """FLOPs, and the dims of a head. Inputs: tables [heads, blocks of queries, of keys], q [.., N, T, H] or, with time in the
+  lanes, [.., N, H, T], k [.., K, S, H]. A backward kernel with three outputs is the one of all three gradients."""
   tables = [a for a in inputs if a.dtype in ('s8', 's16', 's32') and len(a.dims) == 3]
   floats = [a for a in inputs if len(a.dims) >= 3 and a.dtype in ('bf16', 'f32', 'f16')]
   q, k = floats[0].dims, floats[1].dims
   kind = 'dkv' if 'dkv' in name else 'dq' if 'dq' in name else 'fwd'
-  fused = kind == 'dkv' and '"use_fused_bwd_kernel\\": true' in notes
-  T, S, H = q[-2], k[-2], q[-1]
+  fused = kind == 'dkv' and len(outputs) == 3
+  T, H = reversed(q[-2:]) if re.search(r'q_layout\W+2', notes) else q[-2:]
+  S = k[-2]
   rows = math.prod(q[:-2])  # heads of all examples
   suffix = {'fwd': '', 'dq': '_dq', 'dkv': '_dkv'}[kind]
   sizes = {key: int(n) for key, n in re.findall(r'(block_\w+)\W+(\d+)', notes)}
@@ -87,10 +89,11 @@ def _attention(name: str, inputs: list[Array], notes: str) -> tuple[float, int]:
 
 
 def _grouped(inputs: list[Array], outputs: list[Array]) -> float:
-  """2 x rows x inputs x outputs of a product of rows with the matrix of their group, or of its gradient to the matrices."""
-  matrices = [a.dims for a in (*inputs, *outputs) if len(a.dims) == 3 and a.dtype in ('bf16', 'f32')]
+  """2 x rows x inputs x outputs of products of rows with the matrix of their group, added up, or of the gradient to the
+  matrices."""
+  matrices = [a.dims[1:] for a in (*inputs, *outputs) if len(a.dims) == 3 and a.dims[1] > 1 and a.dtype in ('bf16', 'f32')]
   rows = [a.dims for a in inputs if len(a.dims) == 2 and a.dtype in ('bf16', 'f32')]
   if not matrices or not rows:
     return 0.0
-  matrix = matrices[0][1:]
-  return 2.0 * math.prod(matrix) * max(dims[0] if dims[1] in matrix else dims[1] for dims in rows)
+  n_rows = max(dims[0] if dims[1] in matrices[0] else dims[1] for dims in rows)
+  return 2.0 * n_rows * sum(math.prod(matrix) for matrix in matrices)
