@@ -150,11 +150,11 @@ def test_chunked_agrees_with_the_reference_at_the_sizes_it_is_used_with(mesh_of,
                  value_and_gradients(arrays, kernel='reference', window=130))
 
 
-@pytest.mark.parametrize('T, options', [
-  (256, dict()), (256, dict(window=140, softcap=2.0)),
-  (256, dict(causal=False)), (384, dict(causal=False, window=60))], ids=str)  # a third tile, which the first does not see
-def test_splash_agrees_with_the_reference_in_value_and_every_gradient(mesh_of, T, options):
-  arrays = example(2, T)
+@pytest.mark.parametrize('T, H, options', [
+  (256, 8, {}), (256, 8, {'window': 140, 'softcap': 2.0}), (256, 128, {'window': 140, 'softcap': 2.0}),  # 128: whole lanes
+  (256, 8, {'causal': False}), (384, 8, {'causal': False, 'window': 60})], ids=str)  # a third tile, unseen by the first
+def test_splash_agrees_with_the_reference_in_value_and_every_gradient(mesh_of, T, H, options):
+  arrays = example(2, T, H=H)
   with mesh_of(1):
     assert_close(value_and_gradients(arrays, kernel='splash', **options),
                  value_and_gradients(arrays, kernel='reference', **options), rtol=2e-5)
@@ -291,6 +291,7 @@ def test_splash_tiles_divide_the_sequence(device, seq_len, window):
   for size in (size for pair in tiles[:3] for size in pair):
     assert seq_len % size == 0 and size % 128 == 0
   blocks = splash.block_sizes(tiles, 128)
+  assert blocks.q_layout == blocks.k_layout != splash.block_sizes(tiles, 64).q_layout  # narrow heads: time in the lanes
   assert blocks.block_kv % blocks.block_kv_compute == 0 and blocks.block_kv_dkv % blocks.block_kv_dkv_compute == 0
   assert blocks.block_kv <= max(512, window or seq_len // 8)
 

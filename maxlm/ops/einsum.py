@@ -1,6 +1,7 @@
 """The one place where activations meet weights.  A rank of an adapter"""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.sharding import axes, axis_size, spec
 
-LANES = 128  # of a TPU's registers. Heads that do not fill them are multiplied as one wide matrix: else half of it is idle
+LANES = 128  # of a TPU's registers
 
 
 class Adapted(NamedTuple):
@@ -35,13 +36,22 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
     return _adapted(x_dims, w_dims, out_dims, x, w)
   heads = next((pair for pair in ('NH', 'KH') if pair in w_dims), '')
   inner, outer = (x_dims, out_dims) if heads in x_dims else (out_dims, x_dims)
-  if heads and heads in inner and heads[0] not in outer and w.shape[w_dims.index('H')] % LANES:
+  if heads and heads in inner and heads[0] not in outer and _merges(x_dims, w_dims, out_dims, heads, x, w):
     flat = _product(dims.replace(heads, 'F'), _merged(x_dims, heads, x), _merged(w_dims, heads, w))
     n_heads, width = (w.shape[w_dims.index(dim)] for dim in heads)
     y = flat if outer is out_dims else jax.lax.reshape(flat, (*flat.shape[:-1], n_heads, width), out_sharding=spec(out_dims))
   else:
     y = _product(dims, x, w)
   return checkpoint_name(y, 'product')
+
+
+def _merges(x_dims, w_dims, out_dims, heads, x, w):
+  """Whether heads are multiplied as one wide matrix: where they do not fill a TPU's lanes, half of it would be idle; and
+  where a weight is gathered for fewer tokens than it has rows: a TPU's compiler then turns these around, not the weight."""
+  tokens = ''.join(dim for dim in x_dims if dim in out_dims)
+  rows, = (w.shape[i] for i, dim in enumerate(w_dims) if dim not in heads)
+  here = math.prod(x.shape[x_dims.index(dim)] for dim in tokens) // axis_size(tokens)
+  return w.shape[w_dims.index('H')] % LANES or spec(w_dims) != spec(w_dims, gathered=True) and here < rows
 
 
 def _merged(dims, heads, a):

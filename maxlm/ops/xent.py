@@ -21,7 +21,7 @@ from maxlm.sharding import axes, spec
 CHUNK = 512
 SMALL_HEAD = 1 << 24  # entries of w on a device: up to so many, a cache or a moment holds its gradient
 BLOCK_LOGITS = 1 << 27  # of a block, fp32 (512 MiB); all logits are one block if they are no more
-LANES = 128  # a block is a multiple of a TPU's tile
+COLUMNS = 1024  # a block is a multiple of them: of others a scatter over a whole v6e torus compiles to a sum of everything
 
 
 def cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
@@ -70,14 +70,16 @@ def _island(x_BTD, w_DV, targets_BT, weights_BT, softcap, z_loss, chunk, block, 
   replicas = tuple(axis for axis in axes('BT') if axis not in axes('D'))  # devices with other tokens and the same w
 
   def local(x_BTD, w_DV, targets_BT, weights_BT):
-    w_DV = jax.lax.pcast(w_DV.astype(x_BTD.dtype), replicas, to='varying')
-    w_DV = jax.lax.all_gather(w_DV, axes('D'), axis=0, tiled=True)
-    D, V = w_DV.shape
+    D, V = x_BTD.shape[-1], w_DV.shape[1]
     tokens = x_BTD.reshape(-1, D), targets_BT.reshape(-1), weights_BT.reshape(-1).astype(jnp.float32)
-    if block is None and (chunk is not None or D * V <= SMALL_HEAD):
+    in_chunks = block is None and (chunk is not None or D * V <= SMALL_HEAD)
+    size = V if in_chunks else block or block_size(tokens[1].size, V)
+    w_DV = jnp.pad(w_DV.astype(x_BTD.dtype), ((0, 0), (0, -V % size)))
+    w_DV = jax.lax.all_gather(jax.lax.pcast(w_DV, replicas, to='varying'), axes('D'), axis=0, tiled=True)
+    if in_chunks:
       parts = _over_chunks(w_DV, tokens, softcap, z_loss, chunk or CHUNK, with_gradients)
     else:
-      parts = _over_blocks(w_DV, tokens, softcap, z_loss, block or block_size(tokens[1].size, V), with_gradients)
+      parts = _over_blocks(w_DV, V, tokens, softcap, z_loss, size, with_gradients)
     loss, nll_C, gradients = parts
     loss, nll_BT = jax.lax.psum(loss, axes('BT')), nll_C.reshape(targets_BT.shape)
     if not with_gradients:
@@ -119,12 +121,11 @@ def _over_chunks(w_DV, tokens, softcap, z_loss, chunk, with_gradients):
   return sums[0], join(parts[0]), (join(parts[1]), _scattered(sums[1].astype(w_DV.dtype)))
 
 
-def _over_blocks(w_DV, tokens, softcap, z_loss, block, with_gradients):
-  """The two loops over blocks of this device's part of the vocabulary, of one size: padded with columns nobody chooses."""
-  (x_CD, target_C, weight_C), (D, V) = tokens, w_DV.shape
-  n_blocks = math.ceil(V / block)
-  w_vDV = jnp.moveaxis(jnp.pad(w_DV, ((0, 0), (0, n_blocks * block - V))).reshape(D, n_blocks, block), 1, 0)
-  index_vV = jnp.pad(_index(V), (0, n_blocks * block - V), constant_values=-1).reshape(n_blocks, block)
+def _over_blocks(w_DV, V, tokens, softcap, z_loss, block, with_gradients):
+  """The two loops over blocks of this device's part of the vocabulary, of one size: after V come columns nobody chooses."""
+  (x_CD, target_C, weight_C), (D, padded) = tokens, w_DV.shape
+  w_vDV = jnp.moveaxis(w_DV.reshape(D, padded // block, block), 1, 0)
+  index_vV = jnp.pad(_index(V), (0, padded - V), constant_values=-1).reshape(padded // block, block)
 
   def logits_of(w_DV, index_V):
     return jnp.where(index_V < 0, -jnp.inf, _capped(_dot('CD,DV->CV', x_CD, w_DV), softcap))
@@ -190,9 +191,9 @@ def _scattered(dw_DV):
 
 
 def block_size(tokens: int, vocabulary: int) -> int:
-  """Columns of a block: all, or as few equal blocks as keep the logits of one within bounds."""
+  """Columns of a block: of as few as keep the logits of one within bounds, or little more."""
   n_blocks = math.ceil(tokens * vocabulary / BLOCK_LOGITS)
-  return vocabulary if n_blocks == 1 else math.ceil(vocabulary / n_blocks / LANES) * LANES
+  return math.ceil(vocabulary / n_blocks / COLUMNS) * COLUMNS
 
 
 def _capped(logits, softcap):
