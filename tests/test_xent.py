@@ -153,3 +153,12 @@ def test_large_logits_are_finite(mesh_of):
     results = value_and_gradients((1e4 * x, *rest), chunk=16)
   for name, value in results.items():
     assert np.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize('tokens, vocabulary', [(16384, 128256), (1024, 128256), (16384, 201088), (16384, 100352),
+                                               (1, 5000), (8192, 60)])
+def test_blocks_are_few_and_of_a_width_that_is_scattered(tokens, vocabulary):
+  block = xent.block_size(tokens, vocabulary)
+  odd = block // (block & -block)
+  assert odd <= 16 and (block % 128 == 0) and -(-vocabulary // block) * block <= max(128, 1.13 * vocabulary)
+  assert block * tokens <= 1.13 * max(xent.BLOCK_LOGITS, 128 * tokens)

@@ -21,7 +21,7 @@ from maxlm.sharding import axes, spec
 CHUNK = 512
 SMALL_HEAD = 1 << 24  # entries of w on a device: up to so many, a cache or a moment holds its gradient
 BLOCK_LOGITS = 1 << 27  # of a block, fp32 (512 MiB); all logits are one block if they are no more
-COLUMNS = 1024  # a block is a multiple of them: of others a scatter over a whole v6e torus compiles to a sum of everything
+LANES = 128  # a block is a multiple of a TPU's tile
 
 
 def cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
@@ -191,9 +191,11 @@ def _scattered(dw_DV):
 
 
 def block_size(tokens: int, vocabulary: int) -> int:
-  """Columns of a block: of as few as keep the logits of one within bounds, or little more."""
-  n_blocks = math.ceil(tokens * vocabulary / BLOCK_LOGITS)
-  return math.ceil(vocabulary / n_blocks / COLUMNS) * COLUMNS
+  """Columns of a block, of as few as keep the logits of one within bounds: 8 to 16 times a power of two, as a scatter of 23
+  or more times one over a whole v6e torus compiles to a sum of everything (docs/LOG.md, 2026-11-23)."""
+  columns = math.ceil(vocabulary / math.ceil(tokens * vocabulary / BLOCK_LOGITS))
+  step = max(LANES, 1 << columns.bit_length() - 4)
+  return math.ceil(columns / step) * step
 
 
 def _capped(logits, softcap):
