@@ -2,7 +2,7 @@
 
     python -m maxlm.train --config=configs/dense_1b.py --config.data.corpus=DIR
 
-Not yet run on hardware: the contract test type-checks its step on the abstract pod.
+Not yet run on hardware. Planned for the pod (docs/perf.md): 2.37 s a step, 50.8 % of the peak, 8.5 of 15.8 GiB.
 """
 
 from maxlm.checkpoint import CheckpointConfig

@@ -8,7 +8,8 @@ The shape and the 3.5T tokens of rows of 4096 are the paper's, and so is that 50
 positions need stretching. The paper decays over all of it with a cosine; here the rate stays and falls over the last tenth,
 so that the long stage, or another data mix, can branch from its stable part. Rates and mixtures are ours.
 
-Not yet run on hardware, nor compiled whole: the contract test type-checks a step of each stage on the abstract pod.
+Not yet run on hardware. Planned for the pod (docs/perf.md): 15.5 s a step of the first stage, 42.6 % of the peak,
+25.5 of 95.7 GiB.
 """
 
 from maxlm.checkpoint import CheckpointConfig

@@ -2,8 +2,7 @@
 
     python -m maxlm.train --config=configs/llama3_8b.py --config.data.corpus=DIR
 
-Not yet run on hardware. Compiled for it, a step of 16,384 tokens a chip is estimated at 2.67 s, 69 % MFU, with 53.9 GB
-of 95.7 GiB (docs/perf.md).
+Not yet run on hardware. Planned for the pod (docs/perf.md): 2.67 s a step, 68.7 % of the peak, 50.3 of 95.7 GiB.
 """
 
 from maxlm.checkpoint import CheckpointConfig

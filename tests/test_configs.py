@@ -3,10 +3,12 @@
 The pod is an abstract mesh: no device, no memory, but every sharding is checked, and the kernel traced is the pod's.
 """
 
+import ast
 import dataclasses
 import functools
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -122,6 +124,12 @@ def test_a_config_is_valid_on_its_own_pod_and_type_checks_a_full_step_there(name
   assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.ndim} == {jnp.dtype('float32')}
   assert metrics['loss'].shape == () and metrics['loss_by_source'].shape == (2,)
   assert ('pallas_call' in str(jaxpr)) == (platform_of(config) == 'tpu')
+
+
+@pytest.mark.parametrize('file', [file for file in FILES if load(file).pod])
+def test_a_config_for_a_pod_says_what_is_planned_for_it(file):
+  said = ' '.join(ast.get_docstring(ast.parse((ROOT / 'configs' / f'{file}.py').read_text())).split())
+  assert re.search(r'Planned for the pod .*: [\d.]+ s a step.*, [\d.]+ % of the peak, [\d.]+ of [\d.]+ GiB', said)
 
 
 @pytest.mark.parametrize('name', [name for name in PROGRAMS if load(name).pod])

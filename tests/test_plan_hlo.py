@@ -14,7 +14,7 @@ from maxlm.plan.hardware import CHIPS, DCN_HOP, HOP
 from maxlm.plan.kernels import EFFICIENCY, kernel
 from maxlm.plan.loops import trip_count
 from maxlm.plan.network import Network
-from maxlm.plan.schedule import KERNELS, LINKS, OTHERS, Traffic, part_of, walk
+from maxlm.plan.schedule import KERNELS, LINKS, OTHERS, Air, Flight, Traffic, part_of, walk
 from maxlm.plan.topology import parse
 
 TEXTS = {path.stem: path.read_text() for path in (Path(__file__).parent / 'hlo').glob('*.txt')}
@@ -371,3 +371,12 @@ def test_traffic_adds_up():
   ('jit(train_step)/transpose(jvp(head))/shard_map/CD,CV->DV/dot_general', 'head, backward')])
 def test_instructions_belong_to_parts_of_the_model(op_name, part):
   assert part_of(op_name) == part
+
+
+def test_what_is_in_flight_lands_however_late_in_the_step():
+  """A clock at 23.7 s does not move by 1e-15."""
+  air = Air()
+  air.now = 23.706378266612894
+  flight = Flight('gather', 'mlp', air.now, 1.1335198188064388e-15, ('x+',), None)
+  air.flights.append(flight)
+  assert air.finish(flight) == pytest.approx(air.now)

@@ -102,6 +102,9 @@ class Flight:
     return ' '.join(sorted({wire.strip('+-') for wire in self.wires})) or 'none'
 
 
+OVER = 1e-12  # seconds left of what is over: more than the step from one float to the next after an hour
+
+
 class Air:
   """Flights that share wires share their rate: one that meets n - 1 others on its fullest wire goes at 1/n."""
 
@@ -119,7 +122,7 @@ class Air:
         flight.left -= passed * rate
       self.now += passed
       for flight in self.flights:
-        if flight.left <= 1e-15:
+        if flight.left <= OVER:
           flight.ended = self.now
       if passed < soonest:
         break
