@@ -7,7 +7,7 @@ Attention with sinks, every other layer in a window of 128. A step is 1.05M toke
 the experts, so that a layer's 6.4 GB of them are not gathered whole. OpenAI has not published how it was trained:
 AdamW, the schedule and the rates are ours, in the range of models of this size.
 
-Not yet run on hardware. Planned for the pod (docs/perf.md): 3.86 s a step, 31.9 % of the peak, 89.4 of 95.7 GiB.
+Not yet run on hardware. Planned for the pod (docs/perf.md): 3.86 s a step, 32.0 % of the peak, 89.4 of 95.7 GiB.
 """
 
 import dataclasses
