@@ -164,6 +164,31 @@ def test_fused_gathers_go_on_while_the_products_that_carry_them_run():
   assert gather.count == 12 and 0 < gather.exposed < gather.seconds
 
 
+def test_a_product_is_not_charged_with_the_buffers_of_the_gather_that_it_carries():
+  """512 x 512 x 512 in a fusion that passes on, and goes on filling, the 64 MiB of a gather."""
+  part, whole, square, state = 'bf16[256,8192]{1,0}', 'bf16[4096,8192]{1,0}', 'bf16[512,512]{1,0}', 'u32[]{:S(2)}'
+  signature = f'(p: {part}, q: {whole}, s: {state}, x: {square}, y: {square})'
+  parameters = '\n'.join(f'  %{name} = {shape} parameter({i})'
+                         for i, (name, shape) in enumerate(zip('pqsxy', (part, whole, state, square, square))))
+  results = f'({square}, {part}, {whole}, {whole}, {state})'
+  module = hlo.parse(f'''HloModule m, is_scheduled=true
+
+%carrier {signature} -> {results} {{
+{parameters}
+  %c = {square} convolution(%x, %y), dim_labels=bf_io->bf
+  %ag = {whole} all-gather(%p), replica_groups=mesh['fsdp_x'=16] {{'fsdp_x'}}, dimensions={{0}}
+  ROOT %t = {results} tuple(%c, %p, %q, %ag, %s)
+}}
+
+ENTRY %main {signature} -> {square} {{
+{parameters}
+  %f = {results} fusion(%p, %q, %s, %x, %y), kind=kOutput, calls=%carrier
+  ROOT %r = {square} get-tuple-element(%f), index=0
+}}
+''')
+  assert work.hbm_bytes(module, module.entry, module.entry.instructions['f']) == 3 * 512 * 512 * 2
+
+
 def test_permutes_and_all_to_alls_are_along_their_axis():
   span = walk(hlo.parse(TEXTS['permute_v5e']), network('v5e:2x2', {'tensor': 4}))
   assert [(key, t.count, t.received) for key, t in span.traffic.items()] == [

@@ -17,6 +17,8 @@ FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after
 FREE_CALLS = {'AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'Sharding', 'AsyncCollectiveStart',
               'AsyncCollectiveDone'}
 SLICES = ('dynamic-slice', 'gather', 'slice')
+# In a fusion that an asynchronous collective continues through, its buffers are passed on, and filled at the links' rate.
+PASSED_ON = ('parameter', 'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 
 def target(instruction: Instruction) -> str:
@@ -76,7 +78,8 @@ def _read(module: Module, body: Computation, parameter: Instruction, operand: tu
     elif user.opcode == 'fusion' and (inner := module.called(user)):
       total += sum(_read(module, inner[0], inner[0].parameter(i), operand)
                    for i, name in enumerate(user.operands) if name in same)
-    elif not (user.opcode in ('dynamic-update-slice', 'scatter') and user.operands[0] in same):
+    elif not (user.opcode in ('dynamic-update-slice', 'scatter') and user.operands[0] in same or
+              user is body.root and user.opcode == 'tuple' or user.opcode in PASSED_ON):
       return whole
   return min(whole, total)
 
@@ -105,7 +108,7 @@ def _written(body: Computation, fusion: Instruction) -> int:
       part = body.instructions[part.operands[0]]
     if part.opcode == 'dynamic-update-slice':
       total += _in_hbm((array,)) and body.instructions[part.operands[1]].shape[0].padded_bytes
-    else:
+    elif part.opcode not in PASSED_ON:
       total += _in_hbm((array,))
   return total
 
