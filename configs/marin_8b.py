@@ -14,7 +14,7 @@ one may here, for stages that have not begun can still be changed. What is diffe
 - ocelot corrects the rotary positions, from those of Llama 2 to those of Llama 3.
 - The mixtures of phoenix are 'by tokens' in the text: here in the proportions that starling has for the same sources.
 
-Not yet run on hardware. Planned for the pod (docs/perf.md): 1.77 s a step of the first stage, 40.7 % of the peak, 4.5
+Not yet run on hardware. Planned for the pod (docs/perf.md): 1.44 s a step of the first stage, 49.9 % of the peak, 4.6
 of 30.8 GiB.
 """
 
