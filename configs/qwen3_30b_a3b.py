@@ -3,10 +3,10 @@ active.
 
     python -m maxlm.train --config=configs/qwen3_30b_a3b.py --config.data.corpus=DIR
 
-A step is 2.1M tokens, 32,768 a chip in two microbatches. Rows of 4096 are the paper's first stage; its rates and
+A step is 2.1M tokens, 32,768 a chip. Rows of 4096 are the paper's first stage; its rates and
 batch are not published: those here are ours, in the range of models of this size.
 
-Not yet run on hardware. Planned for the pod (docs/perf.md): 4.89 s a step, 33.7 % of the peak, 23.5 of 95.7 GiB.
+Not yet run on hardware. Planned for the pod (docs/perf.md): 4.18 s a step, 39.4 % of the peak, 68.2 of 95.7 GiB.
 """
 
 from maxlm.checkpoint import CheckpointConfig
@@ -35,9 +35,8 @@ def get_config(arg: str = '') -> Experiment:
     name='qwen3_30b_a3b',
     pod='v5p:4x4x4',
     model=decoder(theta=1_000_000.0),
-    compute=ComputeConfig(remat='attention'),
+    compute=ComputeConfig(remat='experts'),
     data=DataConfig(corpus='corpora/qwen3_30b_a3b', seq_len=4096, batch_size=512),
-    microbatches=2,
     optim=OptimConfig(peak_lr=4e-4, schedule='wsd', warmup_tokens=4_000_000_000, decay_tokens=200_000_000_000),
     loss=LossConfig(z_loss=1e-5),
     evals=EvalConfig(every_steps=2000, rows=512),

@@ -150,3 +150,9 @@ def axis_size(dims: str) -> int:
   """Into how many parts the current mesh splits these letters."""
   shape = jax.sharding.get_abstract_mesh().shape
   return math.prod(shape[axis] for axis in axes(dims))
+
+
+def device_kind() -> str:
+  """What the devices of the current mesh are called: those that the program is for, which need not be there."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind

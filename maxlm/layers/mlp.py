@@ -14,7 +14,7 @@ from flax import nnx
 
 from maxlm.layers.norm import NormSpec
 from maxlm.layers.param import constant, normal
-from maxlm.ops.einsum import einsum
+from maxlm.ops.einsum import Adapted, after, einsum
 
 ACTIVATIONS = {
   'silu': jax.nn.silu,
@@ -93,7 +93,11 @@ class Mlp(nnx.Module):
       if spec.gated:
         gate_BTF += self.b_gate_F[...].astype(up_BTF.dtype)
     alphas = (self.alpha_p[...], self.alpha_n[...]) if spec.activation == 'xielu' else ()
-    y_BTD = einsum('BTF,FD->BTD', hidden(spec, up_BTF, gate_BTF, *alphas), self.w_down_FD[...])
+    w_down_FD = self.w_down_FD[...]
+    if spec.gated and not isinstance(w_down_FD, Adapted):
+      # v5e's compiler, which schedules from the end, hides w_down's gather behind both products, and w_gate's behind none.
+      w_down_FD, up_BTF = after(w_down_FD, up_BTF)
+    y_BTD = einsum('BTF,FD->BTD', hidden(spec, up_BTF, gate_BTF, *alphas), w_down_FD)
     if spec.bias:
       y_BTD += self.b_down_D[...].astype(y_BTD.dtype)
     return y_BTD if spec.out_scale == 1.0 else y_BTD * spec.out_scale

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from maxlm.sharding import axes, axis_size, spec
+from maxlm.ops import rings
+from maxlm.sharding import axes, axis_size, device_kind, spec
 
 LANES = 128  # of a TPU's registers
 
@@ -43,6 +44,16 @@ def einsum(dims: str, x: jax.Array, w: jax.Array | Adapted) -> jax.Array:
   else:
     y = _product(dims, x, w)
   return checkpoint_name(y, 'product')
+
+
+@jax.custom_jvp
+def after(w: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(w, y), of which the weight is not to be gathered before y is there: a hint for the compiler's schedule."""
+  return jax.lax.optimization_barrier((w, y))
+
+
+# JAX's own rule would make tangents of zeros, and of a frozen weight one that is trained.
+after.defjvp(lambda primals, tangents: (after(*primals), tangents), symbolic_zeros=True)
 
 
 def _merges(x_dims, w_dims, out_dims, heads, x, w):
@@ -97,13 +108,24 @@ def _backward(dims, residuals, dy):
   summed = axes(''.join(dim for dim in dict.fromkeys(x_dims + out_dims) if dim not in w_dims))
 
   def island(x, dy):
-    return scatter(w_dims, jnp.einsum(f'{x_dims},{out_dims}->{w_dims}', x, dy), summed)
+    return summed_product(x_dims, out_dims, w_dims, x, dy, summed)
 
   dw = jax.shard_map(island, in_specs=(spec(x_dims), spec(out_dims)), out_specs=spec(w_dims))(x, dy)
   return dx, dw.astype(w.dtype)
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def summed_product(x_dims: str, y_dims: str, w_dims: str, x: jax.Array, y: jax.Array, summed: tuple[str, ...]) -> jax.Array:
+  """Inside an island: a weight's gradient einsum(f'{x_dims},{y_dims}->{w_dims}', x, y), summed and scattered as `scatter`
+  does; where it pays, while it is computed."""
+  over = tuple(axis for axis in split_axes(w_dims, w_dims.index('D')) if axis in summed) if 'D' in w_dims else ()
+  if device_kind().startswith(rings.KINDS):
+    dw = rings.scattered_product(x_dims, y_dims, w_dims, x, y, over)
+    if dw is not None:
+      return jax.lax.psum(dw, tuple(axis for axis in summed if axis not in over))
+  return scatter(w_dims, jnp.einsum(f'{x_dims},{y_dims}->{w_dims}', x, y), summed)
 
 
 def scatter(dims: str, partial: jax.Array, summed: tuple[str, ...]) -> jax.Array:

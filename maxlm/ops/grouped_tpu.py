@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from maxlm.sharding import device_kind
+
 # Bytes of VMEM that a kernel may take for its tiles, and in all; of a v4, that has 16 MiB, less.
 TILES, VMEM, TILES_V4, VMEM_V4 = 36 << 20, 56 << 20, 10 << 20, 15 << 20
 
@@ -220,9 +222,7 @@ def _lanes(width: int, dim: int) -> int:
 
 
 def _vmem() -> tuple[int, int]:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  kind = device.device_kind if device else jax.devices()[0].device_kind
-  return (TILES_V4, VMEM_V4) if 'v4' in kind else (TILES, VMEM)
+  return (TILES_V4, VMEM_V4) if 'v4' in device_kind() else (TILES, VMEM)
 
 
 def _precision(dtype) -> jax.lax.Precision | None:

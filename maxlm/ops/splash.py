@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from maxlm.ops import context
 from maxlm.ops.einsum import LANES
 from maxlm.ops.tiles import Tiles, tiles_for
-from maxlm.sharding import axes, axis_size
+from maxlm.sharding import axes, axis_size, device_kind
 
 
 def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N, *, offset, window, softcap, scale,
@@ -30,7 +30,7 @@ def splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   X = axis_size('T') if offset is None else 1  # devices whose queries differ in what they see
   chunk = T // 2 if offset is None else T
-  tiles = tiles_for(_device_kind(), q_BTNH.shape[-1] * q_BTNH.dtype.itemsize, window, S)
+  tiles = tiles_for(device_kind(), q_BTNH.shape[-1] * q_BTNH.dtype.itemsize, window, S)
   tiles = fitted(tiles, chunk, S if offset is None else S - offset)
   if offset:  # so that tiles divide the keys: some before the first, which nobody sees
     pad = -offset % math.lcm(*(keys for _, keys in tiles[:3]))
@@ -114,12 +114,6 @@ def _sees(window, causal):
   if window is None:
     return lambda q_index, k_index: q_index >= k_index
   return lambda q_index, k_index: (q_index >= k_index) & (q_index - k_index < window)
-
-
-def _device_kind():
-  """Of the mesh the program is for: there need not be a device."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _divisor(length: int, limit: int) -> int:
