@@ -68,7 +68,7 @@ class StepLog:
     if seconds:
       values['tokens_per_second'] = self._config.tokens_per_step / seconds
       if self._peak:
-        values['mfu'] = step_flops / seconds / (self._peak * jax.device_count())
+        values['mfu'] = self.mfu(step_flops / seconds / jax.device_count())
     batch = '{:08x}{:08x}'.format(*metrics['batch_digest'].tolist())
     if self._writer:
       with writing_to(self._workdir):
@@ -82,6 +82,13 @@ class StepLog:
       what = f'{bad[0]} is {values[bad[0]]}' if bad else f'the loss has risen to {values["loss"]:.4g} and stays there'
       self.trouble = step, what
       self._keep_rows(step, values, batch)
+
+  def mfu(self, rate: float) -> float:
+    """The share of a device's peak that so many FLOP/s are. A CPU's peak was measured, perhaps while others used it, too: steps
+    that do more are the better measurement."""
+    if jax.default_backend() == 'cpu':
+      self._peak = max(self._peak, rate)
+    return rate / self._peak
 
   def _keep_rows(self, step: int, values: dict[str, float], batch: str) -> None:
     """Writes which rows the step was trained on, for a person to look at."""

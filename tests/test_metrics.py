@@ -13,6 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from maxlm.metrics import MetricsWriter, Progress, StepClock, duration, progress_line, si
+from maxlm.steplog import StepLog
 
 ROOT = Path(__file__).parents[1]
 
@@ -195,3 +196,9 @@ def test_a_terminal_gets_one_line_that_changes(monkeypatch):
   first, second = text.split('\r\x1b[Ksaved\n')
   assert first == '\rstep 1/2  50%  1s left  loss 1.0000  10\x1b[K'  # cut at the width of the terminal
   assert second.startswith('step 1/2') and '\rstep 2/2' in second
+
+
+def test_a_cpu_does_not_more_than_its_peak_however_that_was_measured(tmp_path, monkeypatch):
+  monkeypatch.setattr('maxlm.flops.peak_flops', lambda device: 1e9)
+  log = StepLog(tmp_path, 0, 10, None)
+  assert [log.mfu(rate) for rate in (5e8, 2e9, 5e8)] == [0.5, 1.0, 0.25]
