@@ -84,8 +84,8 @@ class StepLog:
       self._keep_rows(step, values, batch)
 
   def mfu(self, rate: float) -> float:
-    """The share of a device's peak that so many FLOP/s are. A CPU's peak was measured, perhaps while others used it, too: steps
-    that do more are the better measurement."""
+    """The share of a device's peak that so many FLOP/s are. A CPU's peak was measured, perhaps while others used it, too:
+    steps that do more are the better measurement."""
     if jax.default_backend() == 'cpu':
       self._peak = max(self._peak, rate)
     return rate / self._peak
