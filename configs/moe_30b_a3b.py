@@ -9,8 +9,8 @@ of long documents, with the base of the rotary positions raised from 10,000 to 1
 published: those here are Nemotron 3 Nano's, which has the same size (3,072 rows of 8192, 1e-3 after 8.4B tokens, constant,
 then down to 1e-5). Balance is by the loss over the global batch, as theirs.
 
-Not yet run on hardware. Planned for the pod (docs/perf.md): 29.4 s a step of the first stage, 33.7 % of the peak,
-18.2 of 95.7 GiB.
+Not yet run on hardware. Planned for the pod (docs/perf.md): 25.0 s a step of the first stage, 39.6 % of the peak,
+65.6 of 95.7 GiB.
 """
 
 from configs import qwen3_30b_a3b
@@ -32,9 +32,9 @@ def get_config(arg: str = '') -> Experiment:
     name='moe_30b_a3b',
     pod='v5p:4x4x8',
     model=qwen3_30b_a3b.decoder(theta=10_000.0),
-    compute=ComputeConfig(remat='attention'),
+    compute=ComputeConfig(remat='experts'),
     data=DataConfig(corpus='corpora/moe_30b_a3b', seq_len=4096, batch_size=6144, max_epochs={'*': 4.0}),
-    microbatches=12,
+    microbatches=6,
     optim=OptimConfig(),
     loss=LossConfig(z_loss=1e-5),
     evals=EvalConfig(every_steps=1000, rows=1024),
