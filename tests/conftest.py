@@ -19,9 +19,9 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
-# Tests compile much and run little: without optimisation both take half the time. Not so the commands that tests start.
+# Tests compile much and run little: with little optimisation both take half the time. Not so the commands that tests start.
 flags = os.environ.get('XLA_FLAGS')
-os.environ['XLA_FLAGS'] = f'{flags or ""} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+os.environ['XLA_FLAGS'] = f'{flags or ""} --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true'
 
 import jax
 import pytest
