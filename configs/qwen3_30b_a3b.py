@@ -3,8 +3,8 @@ active.
 
     python -m maxlm.train --config=configs/qwen3_30b_a3b.py --config.data.corpus=DIR
 
-A step is 2.1M tokens, 32,768 a chip. Rows of 4096 are the paper's first stage; its rates and
-batch are not published: those here are ours, in the range of models of this size.
+A step is 2.1M tokens, 32,768 a chip. Rows of 4096 are the paper's first stage; its rates and batch are not published:
+those here are ours, in the range of models of this size.
 
 Not yet run on hardware. Planned for the pod (docs/perf.md): 4.18 s a step, 39.4 % of the peak, 68.2 of 95.7 GiB.
 """

@@ -66,7 +66,7 @@ def test_where_rings_do_not_pay_there_are_none(change, on_cpu, monkeypatch):
 
 
 def test_too_few_columns_go_around_fewer_rings(on_cpu, monkeypatch):
-  monkeypatch.setitem(SIZES, 'F', 3 * 128)  # four ways on 4 x 2 would be 3: x forwards, x backwards, y
+  monkeypatch.setitem(SIZES, 'F', 3 * 128)  # 4 x 2 has three ways: x forwards, x backwards, y
   with jax.set_mesh(mesh(fsdp_x=4, fsdp_y=2)):
     three = str(jax.make_jaxpr(gradient('BTD,DF->BTF'))(*example('BTD,DF->BTF'))).count('ppermute[')
     monkeypatch.setitem(SIZES, 'F', 2 * 128)
