@@ -10,9 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.ops import rings
+from maxlm.ops.rings import LANES
 from maxlm.sharding import axes, axis_size, device_kind, spec
-
-LANES = 128  # of a TPU's registers
 
 
 class Adapted(NamedTuple):

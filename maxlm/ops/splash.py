@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as tables
 
 from maxlm.ops import context
-from maxlm.ops.einsum import LANES
+from maxlm.ops.rings import LANES
 from maxlm.ops.tiles import Tiles, tiles_for
 from maxlm.sharding import axes, axis_size, device_kind
 

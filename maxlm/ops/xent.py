@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.ops.einsum import scatter, summed_product
+from maxlm.ops.rings import LANES
 from maxlm.sharding import axes, spec
 
 # Tokens of a chunk. Adding its part to the fp32 gradient of w moves 8·D·V bytes for its 6·chunk·D·V FLOPs, which is why a
@@ -21,7 +22,6 @@ from maxlm.sharding import axes, spec
 CHUNK = 512
 SMALL_HEAD = 1 << 24  # entries of w on a device: up to so many, a cache or a moment holds its gradient
 BLOCK_LOGITS = 1 << 27  # of a block, fp32 (512 MiB); all logits are one block if they are no more
-LANES = 128  # a block is a multiple of a TPU's tile
 
 
 def cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
