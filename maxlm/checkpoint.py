@@ -73,6 +73,7 @@ class Checkpoints:
     self._keep_steps = frozenset(keep_steps)
     self._checkpointer = None  # Orbax's; made by the first save, for it creates the directory
     self._saving = None  # (step, response) of the save in flight
+    self._failed = set()  # steps whose save failed
 
   def steps(self) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
@@ -99,6 +100,7 @@ class Checkpoints:
       if step in self.steps():
         return
       hosts.agree('can be written to', self._check_writable)
+      self._remove_failed()
       if self._checkpointer is None:
         self._checkpointer = storage.checkpointer(self.directory, self._keep_last, self._keep_every, self._keep_steps,
                                                  self._transfer_bytes, self.newest_verified)
@@ -144,6 +146,13 @@ class Checkpoints:
       self._checkpointer.close()
       self._checkpointer = None
 
+  def _remove_failed(self) -> None:
+    """Removes what failed saves left: it takes space that the next one may need. Once more at the next save, since the first
+    array that fails ends a save, and threads may still be writing the others."""
+    if hosts.is_first():
+      for step in self._failed.difference(self.steps()):
+        shutil.rmtree(self.directory / str(step), ignore_errors=True)
+
   @contextlib.contextmanager
   def _failures_of(self, step: int):
     """Failures to write a step, told as one OSError. Orbax's checkpointer is given up: it would tell them again."""
@@ -152,8 +161,8 @@ class Checkpoints:
     except (OSError, ValueError) as error:  # of the file system, and of tensorstore
       self._checkpointer = self._saving = None
       with contextlib.suppress(OSError):
-        if hosts.is_first() and step not in self.steps():
-          shutil.rmtree(self.directory / str(step), ignore_errors=True)  # it takes space that the next one may need
+        self._failed.add(step)
+        self._remove_failed()
       reason = ' '.join(str(error).split())
       if 'No space left' in reason:
         reason = 'the disk is full: free space, or keep fewer of them (--config.checkpoint.keep_last)'

@@ -274,9 +274,9 @@ def test_a_full_disk_is_told_while_training_goes_on_and_loses_nothing(small_disk
   checkpoints.close()  # told once
   assert Checkpoints(small_disk / 'checkpoints').steps() == [1]
   assert bits(checkpoints.restore_params(1, params)) == bits(params)
-  assert not (small_disk / 'checkpoints' / '2').exists()  # it would take the space of the next
   checkpoints.save(3, params=params, opt={}, meta={})
   checkpoints.close()
+  assert not (small_disk / 'checkpoints' / '2').exists()
   assert checkpoints.steps() == [1, 3]
 
 

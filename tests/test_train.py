@@ -66,6 +66,11 @@ def start(corpus: Path, workdir: Path, *arguments: str, wrap=()) -> subprocess.P
   return process
 
 
+def copied(run: Path, to: Path, *without: str) -> Path:
+  """A copy of a run that other tests restore meanwhile, which notes what they verified."""
+  return shutil.copytree(run, to, ignore=shutil.ignore_patterns('*.partial', *without))
+
+
 def said(process: subprocess.Popen) -> str:
   return process.said.read_text()
 
@@ -195,12 +200,13 @@ def test_sigterm_saves_and_exits_75_and_a_rerun_ends_with_the_same_bits(referenc
   assert_same_run(tmp_path / 'run', reference, mesh_of)
 
 
-def test_a_finished_run_is_left_alone_and_says_so(reference, corpus):
-  before = {path: path.stat().st_mtime_ns for path in reference.rglob('*')}
-  process = start(corpus, reference)
+def test_a_finished_run_is_left_alone_and_says_so(reference, corpus, tmp_path):
+  finished = copied(reference, tmp_path / 'finished')
+  before = {path: path.stat().st_mtime_ns for path in finished.rglob('*')}
+  process = start(corpus, finished)
   assert process.wait(60) == 0
-  assert said(process).startswith(f'{reference} is finished: 60 steps.') and said(process).count('\n') == 1
-  assert {path: path.stat().st_mtime_ns for path in reference.rglob('*')} == before
+  assert said(process).startswith(f'{finished} is finished: 60 steps.') and said(process).count('\n') == 1
+  assert {path: path.stat().st_mtime_ns for path in finished.rglob('*')} == before
 
 
 def test_sigterm_during_the_set_up_exits_75_and_nothing_is_trusted(corpus, tmp_path):
@@ -433,7 +439,7 @@ def test_a_corpus_that_is_not_one_is_refused(corpus, tmp_path, monkeypatch, capf
 @pytest.mark.parametrize('remove', [[], ['DONE'], ['DONE', 'config.json']], ids=['finished', 'unfinished', 'no config.json'])
 def test_a_workdir_of_another_run_is_refused_and_left_as_it_is(reference, corpus, tmp_path, monkeypatch, capfd, remove):
   run = tmp_path / 'run'
-  shutil.copytree(reference, run, ignore=shutil.ignore_patterns(*remove))
+  copied(reference, run, *remove)
   before = files_of(run)
   for change, cause in (
       ('model.d_model=128', 'begun with model.d_model=64 and this config has 128'),
