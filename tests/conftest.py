@@ -19,17 +19,15 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
-# Tests compile much and run little: with little optimisation both take half the time. Not so the commands that tests start.
-flags = os.environ.get('XLA_FLAGS')
-os.environ['XLA_FLAGS'] = f'{flags or ""} --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true'
+# Tests compile much and run little, and so do the commands they start: without optimisation both take half the time.
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0',
+                                    '--xla_llvm_disable_expensive_passes=true'])
 
 import jax
 import pytest
 from filelock import FileLock
 
 jax.config.update('jax_num_cpu_devices', 8)
-jax.devices()  # reads the flags
-os.environ.pop('XLA_FLAGS') if flags is None else os.environ.update(XLA_FLAGS=flags)
 
 from maxlm.sharding import MeshConfig, make_mesh
 from tests.make_corpus import make_corpus

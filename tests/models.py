@@ -9,23 +9,35 @@ import numpy as np
 from maxlm.data import to_device
 from maxlm.losses import LossConfig, next_token_loss
 from maxlm.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from maxlm.sharding import MeshConfig, make_mesh
 
 FP32 = ComputeConfig(dtype='float32', kernel='chunked').resolve('cpu')
 
 
 def perturbed(model: DecoderConfig, seed: int = 0) -> Decoder:
   """Weights with no norm scale left at 1 and no bias or sink at 0, so that a skipped one shows. The same on every mesh."""
+  likes, treedef = jax.tree.flatten(jax.eval_shape(functools.partial(Decoder, model), jax.random.key(0)))
+  return treedef.unflatten(map(lambda w, like: jax.device_put(w, like.sharding.spec), _drawn(repr(model), seed, model), likes))
+
+
+_DRAWN: dict[tuple[str, int], list[np.ndarray]] = {}
+
+
+def _drawn(name: str, seed: int, model: DecoderConfig) -> list[np.ndarray]:
+  """Drawn once a process, on one device: to compile that takes as long as to compile the gradients."""
   def draw(key):
     init_key, noise_key = jax.random.split(key)
-    named, treedef = jax.tree_util.tree_flatten_with_path(Decoder(model, init_key))
     leaves = []
-    for i, (path, w) in enumerate(named):
+    for i, (path, w) in enumerate(jax.tree.leaves_with_path(Decoder(model, init_key))):
       if not jax.tree_util.keystr(path).rpartition('.w_')[1]:  # matrices are random already
-        noise = jax.random.normal(jax.random.fold_in(noise_key, i), w.shape)
-        w += 0.1 * jax.reshard(noise, jax.typeof(w).sharding.spec)
+        w += 0.1 * jax.random.normal(jax.random.fold_in(noise_key, i), w.shape)
       leaves.append(w)
-    return treedef.unflatten(leaves)
-  return jax.jit(draw)(jax.random.key(seed))
+    return leaves
+
+  if (name, seed) not in _DRAWN:
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+      _DRAWN[name, seed] = jax.device_get(jax.jit(draw)(jax.random.key(seed)))
+  return _DRAWN[name, seed]
 
 
 def hidden(params, batch, model, compute=FP32) -> np.ndarray:
