@@ -17,7 +17,8 @@ FP32 = ComputeConfig(dtype='float32', kernel='chunked').resolve('cpu')
 def perturbed(model: DecoderConfig, seed: int = 0) -> Decoder:
   """Weights with no norm scale left at 1 and no bias or sink at 0, so that a skipped one shows. The same on every mesh."""
   likes, treedef = jax.tree.flatten(jax.eval_shape(functools.partial(Decoder, model), jax.random.key(0)))
-  return treedef.unflatten(map(lambda w, like: jax.device_put(w, like.sharding.spec), _drawn(repr(model), seed, model), likes))
+  drawn = _drawn(repr(model), seed, model)
+  return treedef.unflatten(jax.device_put(w, like.sharding.spec) for w, like in zip(drawn, likes))
 
 
 _DRAWN: dict[tuple[str, int], list[np.ndarray]] = {}
