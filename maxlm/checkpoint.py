@@ -138,6 +138,7 @@ class Checkpoints:
     (step, response), self._saving = self._saving, None
     with self._failures_of(step):
       response.result()
+      self._failed.discard(step)  # it was saved again
 
   def close(self) -> None:
     """Ends the save in flight, as `wait` does, and Orbax's threads."""
