@@ -258,7 +258,9 @@ def start(one: dict, node: str) -> None:
     place = {'coordinator': f'127.0.0.1:{one["port"]}', 'processes': len(one['names']) * per_node,
              'process': one['names'].index(node) * per_node + worker}
     (machine / 'place.json').write_text(json.dumps(place))
-    env = {name: os.environ[name] for name in ('PATH', 'FAKE_CLOUD', 'JAX_COMPILATION_CACHE_DIR') if name in os.environ}
+    # XLA_FLAGS: other flags are another program, and its bits are compared with those of runs outside the cloud.
+    passed = 'PATH', 'FAKE_CLOUD', 'JAX_COMPILATION_CACHE_DIR', 'XLA_FLAGS'
+    env = {name: os.environ[name] for name in passed if name in os.environ}
     with open(machine / 'console', 'w') as console:
       process = subprocess.Popen([sys.executable, '-IS', str(HERE / 'fake_machine.py'), str(machine)], env=env,
                                  start_new_session=True, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
