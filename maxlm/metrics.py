@@ -78,6 +78,12 @@ def drop_lines_after(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
+def has_end(path: Path, step: int) -> bool:
+  """Whether a metrics.jsonl has the evaluation of the stage that ended with that step."""
+  lines = path.read_bytes().split(b'\n') if path.exists() else []
+  return any(b'"ended"' in line and _place_of(line) == (step, False) for line in lines)
+
+
 def _place_of(line: bytes) -> tuple[float, bool]:
   """(step, whether it is an evaluation) of a line of metrics.jsonl; an infinite step for what is not one."""
   try:

@@ -28,6 +28,7 @@ from maxlm.checkpoint import Checkpoints, Damaged, find, lineage, parse
 from maxlm.config import Experiment
 from maxlm.data import DataConfig, Feed, feeds
 from maxlm.hosts import say
+from maxlm.metrics import has_end
 from maxlm.models.decoder import Decoder, DecoderConfig
 from maxlm.redact import redact_json
 from maxlm.restore import COMPANIONS, base_of, load_params, model_of
@@ -222,7 +223,7 @@ def start_or_resume(config: Experiment, plan: tuple[Segment, ...], feeds: tuple[
       raise ValueError(f'{workdir} is at step {step:,}, past the {plan[-1].stop:,} steps of this config: '
                        'raise --config.tokens')
     try:
-      state = restore(plan, checkpoints, step, saved)
+      state = restore(plan[stages.segment_of(plan, step)], checkpoints, step, saved)
     except Damaged as error:
       set_aside(checkpoints, step, error)
       continue
@@ -231,30 +232,40 @@ def start_or_resume(config: Experiment, plan: tuple[Segment, ...], feeds: tuple[
     return state, {**saved, **meta, 'skips': skips}, Skips.of_json(skips)
   hosts.agree('begin', functools.partial((workdir / 'rewinds.json').unlink, missing_ok=True))  # of a run that was removed
   if parent is None:
-    like, step_config = state_like(plan, 0)
+    like, step_config = state_like(plan[0])
     state = jax.jit(functools.partial(init_state, step_config))(jax.random.key(config.seed))
     return state, {**meta, 'lineage': hosts.agree('run', lineage)}, Skips()
   say(f'start    from step {parent.step:,} of {parent.workdir}')
   meta |= hosts.agree('run', functools.partial(inheritance, parent, workdir))
   if parent.is_trunk:
     skips = parent.meta['skips']
-    return restore(plan, parent.checkpoints, parent.step, parent.meta), {**meta, 'skips': skips}, Skips.of_json(skips)
+    segment = plan[stages.segment_of(plan, parent.step)]
+    state = restore(segment, parent.checkpoints, parent.step, parent.meta)
+    return state, {**meta, 'skips': skips}, Skips.of_json(skips)
   return from_parent(config, plan, parent), meta, Skips()
 
 
-def state_like(plan: tuple[Segment, ...], step: int) -> tuple[TrainState, StepConfig]:
-  """The state after a step as shapes with shardings, for the mesh of the steps that come next, which is set; and what these
-  need."""
-  segment = plan[stages.segment_of(plan, step)]
+def part_to_begin(plan: tuple[Segment, ...], checkpoints: Checkpoints, step: int, workdir: Path) -> int:
+  """The segment that a run goes on with after a checkpoint: the one that comes next; or the one that ended there, where the
+  evaluation at the end of its stage is missing, for a stop came during it or the stage was the last one then."""
+  part = stages.segment_of(plan, step)
+  if part == 0 or not plan[part].is_first or step > plan[part].first:
+    return part
+  is_own = lambda: step in checkpoints.steps()  # and not that of a run which this one branches from
+  return part - hosts.agree('its end', lambda: is_own() and not has_end(workdir / 'metrics.jsonl', step))
+
+
+def state_like(segment: Segment) -> tuple[TrainState, StepConfig]:
+  """The state as shapes with shardings, for the mesh of that part of the run, which is set; and what its steps need."""
   jax.set_mesh(make_mesh(segment.config.mesh))
   step_config = segment.step_config(jax.default_backend(), 1)
   return jax.eval_shape(functools.partial(init_state, step_config), jax.random.key(segment.config.seed)), step_config
 
 
-def restore(plan: tuple[Segment, ...], checkpoints: Checkpoints, step: int, saved: dict[str, Any]) -> TrainState:
-  """The state that was saved after a step, verified, on the mesh of the steps that come next. `Damaged` where it is not what
-  was saved. saved: its meta."""
-  like, step_config = state_like(plan, step)
+def restore(segment: Segment, checkpoints: Checkpoints, step: int, saved: dict[str, Any]) -> TrainState:
+  """The state that was saved after a step, verified, on the mesh of that part of the run. `Damaged` where it is not what was
+  saved. saved: its meta."""
+  like, step_config = state_like(segment)
   params, opt, recent, ema = checkpoints.restore(step, what_is_saved(like.params), like.opt, recent=like.recent,
                                                  ema=like.ema)
   if step_config.lora is not None:
@@ -295,7 +306,7 @@ def undo(checkpoints: Checkpoints, skips: Skips) -> None:
 
 def from_parent(config: Experiment, plan: tuple[Segment, ...], parent: Parent) -> TrainState:
   """The state before the first step, with the parent's weights, and its optimizer state if that is asked for."""
-  like, step_config = state_like(plan, 0)
+  like, step_config = state_like(plan[0])
   if config.init_optimizer:
     try:
       _, opt = parent.checkpoints.restore(parent.step, like.params, like.opt)

@@ -97,7 +97,8 @@ def run(config: Experiment, workdir: Path, branch: str = '', chosen: str = '') -
     cleanup.callback(lambda: setup.log.close())  # the last of them: a rewind begins another
     done, state = train(setup, state, stop)
     while not stop.requested and (setup.log.trouble or done < n_steps):
-      state = stop.interruptible(enter, setup, rewind(setup) if setup.log.trouble else next_part(setup, state, done))
+      part = stages.segment_of(plan, done)
+      state = stop.interruptible(enter, setup, rewind(setup) if setup.log.trouble else moved(setup, state, part))
       if state is not None:
         done, state = train(setup, state, stop)
     health.enter('checkpoint')
@@ -130,7 +131,7 @@ class Setup:
   skips: Skips  # batches that the run leaves out
   log: StepLog
   health: Health
-  segment: Segment | None = None
+  segment: Segment
   feed: Feed | None = None
   first_step: int = 0  # steps that were done before
   batches: Iterator = iter(())  # (what this host reads of it, device batch) of the steps to come
@@ -153,19 +154,22 @@ def set_up(config: Experiment, plan: tuple[Segment, ...], workdir: Path, started
   start.write_description(config, workdir, corpus, parent)  # now that nothing in it is refused
   hours, failures = health.begin(first_step, state.params)
   setup = Setup(
-    config=config, plan=plan, feeds=feeds, corpus=corpus, workdir=workdir, checkpoints=checkpoints, meta=meta, skips=skips,
+    config=config, plan=plan, segment=plan[stages.segment_of(plan, first_step)], feeds=feeds, corpus=corpus, workdir=workdir,
+    checkpoints=checkpoints, meta=meta, skips=skips,
     saver=Saver(checkpoints, config.checkpoint, first_step, hours=hours, failures=failures, n_devices=jax.device_count(),
                 event=health.event),
     log=StepLog(workdir, first_step, plan[-1].stop, skips.batch_of), health=health)
-  state = enter(setup, state)
+  part = start.part_to_begin(plan, checkpoints, first_step, workdir)
+  state = enter(setup, moved(setup, state, part), part)
   say(f'compile  done, {time.time() - started:.1f} s after the start')
   return setup, state
 
 
-def enter(setup: Setup, state: TrainState) -> TrainState:
-  """Makes ready for the steps that come after the state's, on its mesh: batches, and the program, which it compiles."""
+def enter(setup: Setup, state: TrainState, part: int | None = None) -> TrainState:
+  """Makes ready for that part of the run, on its mesh, by default that of the steps that come after the state's: batches,
+  and the program, which it compiles."""
   step = int(state.step)
-  part = stages.segment_of(setup.plan, step)
+  part = stages.segment_of(setup.plan, step) if part is None else part
   segment, feed = setup.plan[part], setup.feeds[part]
   config, step_config = segment.config, segment.step_config(jax.default_backend(), len(feed.schedule.sources))
   if setup.config.stages:
@@ -199,14 +203,13 @@ def enter(setup: Setup, state: TrainState) -> TrainState:
   return state
 
 
-def next_part(setup: Setup, state: TrainState, done: int) -> TrainState:
-  """The state on the mesh of the part of the run that comes next: where that is another one, by way of the checkpoint."""
-  following = setup.plan[stages.segment_of(setup.plan, done)]
-  if following.config.mesh == setup.segment.config.mesh:
+def moved(setup: Setup, state: TrainState, part: int) -> TrainState:
+  """The state on the mesh of that part of the run: where it is on another one, by way of its checkpoint."""
+  if setup.plan[part].config.mesh == setup.segment.config.mesh:
     return state
   setup.health.enter('restore')
   setup.checkpoints.wait()
-  return start.restore(setup.plan, setup.checkpoints, done, setup.meta)
+  return start.restore(setup.plan[part], setup.checkpoints, int(state.step), setup.meta)
 
 
 # -- the loop
@@ -293,7 +296,7 @@ def rewind(setup: Setup) -> TrainState:
   say(f'rewind   to step {to:,}, and past the batches up to that of step {at + config.spikes.jump_steps:,}')
   setup.health.event('rewind', at=at, to=to)
   setup.health.enter('restore')
-  state = start.restore(setup.plan, setup.checkpoints, to, setup.meta)
+  state = start.restore(setup.plan[stages.segment_of(setup.plan, to)], setup.checkpoints, to, setup.meta)
   setup.saver.last = to
   setup.health.steps_undone(to)
   setup.log.close()

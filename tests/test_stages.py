@@ -142,14 +142,47 @@ def test_a_checkpoint_is_used_as_its_stage_has_it(reference):
 def test_a_run_goes_on_from_each_of_its_checkpoints_with_the_same_bits(reference, corpus, tmp_path):
   """From within each stage and from between them, each time after a kill: what was saved later is gone."""
   for step in (10, 22, 30, 32, 40):
-    workdir = tmp_path / f'from-{step}'
-    shutil.copytree(reference, workdir)
-    (workdir / 'DONE').unlink()
-    for later in Checkpoints(workdir / 'checkpoints').steps():
-      if later > step:
-        shutil.rmtree(workdir / 'checkpoints' / str(later))
-    assert train.run(config_of(corpus), workdir) == 0
-    assert state(workdir, 40) == state(reference, 40) and record(workdir) == record(reference)
+    goes_on(cut(reference, tmp_path / f'from-{step}', step), reference, corpus)
+
+
+def cut(reference: Path, workdir: Path, step: int) -> Path:
+  """A copy of the run as a kill leaves it whose newest checkpoint is of that step."""
+  shutil.copytree(reference, workdir)
+  (workdir / 'DONE').unlink()
+  for later in Checkpoints(workdir / 'checkpoints').steps():
+    if later > step:
+      shutil.rmtree(workdir / 'checkpoints' / str(later))
+  return workdir
+
+
+def goes_on(workdir: Path, reference: Path, corpus: Path) -> None:
+  """The same command ends with the record and the bits of the undisturbed run."""
+  assert train.run(config_of(corpus), workdir) == 0
+  assert state(workdir, 40) == state(reference, 40) and record(workdir) == record(reference)
+
+
+def test_a_stop_during_the_evaluation_at_the_end_of_a_stage_does_not_lose_it(reference, corpus, tmp_path, monkeypatch):
+  """It is made on the mesh of its stage, before the next one begins on another."""
+  workdir, evaluate = cut(reference, tmp_path / 'run', 20), train.evaluate
+
+  def stopping(*args):
+    monkeypatch.undo()
+    os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*args)
+
+  monkeypatch.setattr(train, 'evaluate', stopping)
+  assert train.run(config_of(corpus), workdir) == train.EXIT_PREEMPTED
+  assert Checkpoints(workdir / 'checkpoints').latest() == staged.ENDS['base'] == record(workdir)[-1]['step']
+  assert not any('ended' in line for line in record(workdir))
+  goes_on(workdir, reference, corpus)
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_the_last_and_has_a_next_one_now_is_scored_at_its_end(reference, corpus, tmp_path):
+  base = stages.chosen(config_of(corpus), ('base',))
+  assert train.run(base, cut(reference, tmp_path / 'run', 20)) == 0
+  assert not any('ended' in line for line in record(tmp_path / 'run'))
+  goes_on(tmp_path / 'run', reference, corpus)
 
 
 @pytest.mark.slow
